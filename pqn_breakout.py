@@ -13,20 +13,21 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import ale_py  # noqa: F401  (registers the Atari games with gymnasium)
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
@@ -58,107 +59,84 @@ class UserError(Exception):
     """Something the user can mend, told in one line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Arguments --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
-    """Train PQN on an Atari game. The defaults are TD(0); --q-lambda 0.9 learns from longer returns."""
+    """Train PQN on an Atari game: with TD(0) targets as it stands, with Q(lambda) by --q-lambda 0.9."""
 
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """an Atari game as ale-py registers it; sticky actions, frame skip and action set are the id's own"""
-    seed: int = 1
-    """seeds the network, the exploration, the minibatches and the games"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for, all games together (one step is 4 frames)"""
-    learning_rate: float = 2.5e-4
-    """step size of the optimizer, RAdam"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over the training"""
-    num_envs: int = 32
-    """games played in parallel"""
-    num_steps: int = 32
-    """steps of each game in a rollout"""
-    num_minibatches: int = 32
-    """minibatches that a rollout is cut into"""
-    update_epochs: int = 4
-    """passes over a rollout; the targets are computed afresh before each"""
-    gamma: float = 0.99
-    """discount factor"""
-    q_lambda: float = 0.0
-    """lambda of the returns that are learned from; 0 is TD(0)"""
-    start_e: float = 1.0
-    """epsilon at the start"""
-    end_e: float = 0.01
-    """epsilon from the end of the exploration on"""
-    exploration_fraction: float = 0.1
-    """share of total_timesteps over which epsilon falls from start_e to end_e"""
-    max_grad_norm: float = 10.0
-    """norm that gradients are clipped to"""
-    weight_decay: float = 0.0
-    """l2 regularisation of the weights; 0 is none"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps...; auto takes a GPU where there is one"""
-    bf16: Literal["auto", "on", "off"] = "auto"
-    """compute the network in bfloat16; auto does where the hardware has it"""
-    num_threads: int = 0
-    """CPU threads of the network, and of the native environments; 0 is one a core"""
-    vec_env: Literal["native", "dummy", "subproc"] = "native"
-    """ALE's native vector environment, or Stable-Baselines3's pipeline in this process or in one process a game"""
-    log_dir: str = "logs"
-    """where the run's folder is made"""
-    resume: str | None = None
-    """folder of a run to continue, with that run's own arguments"""
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints"""
+    env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game that ale-py registers
+    seed: int = 1  # of the network, the exploration, the minibatches and the games
+    total_timesteps: int = 1_000_000  # environment steps to train for, all games together (a step is 4 frames)
+    learning_rate: float = 2.5e-4  # step size of the optimizer, RAdam
+    anneal_lr: bool = True  # lower the learning rate linearly to zero over the training
+    num_envs: int = 32  # games played in parallel
+    num_steps: int = 32  # steps of each game in a rollout
+    num_minibatches: int = 32  # minibatches that a rollout is cut into
+    update_epochs: int = 4  # passes over a rollout; the targets are computed afresh before each
+    gamma: float = 0.99  # discount factor
+    q_lambda: float = 0.0  # lambda of the returns that are learned from; 0 is TD(0)
+    start_e: float = 1.0  # epsilon at the start
+    end_e: float = 0.01  # epsilon from the end of the exploration phase on
+    exploration_fraction: float = 0.1  # share of total_timesteps in which epsilon falls from start_e to end_e
+    max_grad_norm: float = 10.0  # gradients are clipped to this norm
+    weight_decay: float = 0.0  # l2 regularisation of the weights; 0 is none
+    device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes a GPU where there is one
+    bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
+    num_threads: int = 0  # CPU threads of the network, and of the native environments; 0 is one a core
+    vec_env: Literal["native", "dummy", "subproc"] = "native"  # ALE's own vector environment, or SB3's two
+    log_dir: str = "logs"  # where the run's folder is made
+    resume: str | None = None  # folder of a run to go on with, under that run's own arguments
+    checkpoint_minutes: float = 5.0  # minutes between two checkpoints
 
 
 # What may differ when a run is resumed: where and how long it runs, not what it learns.
 RESUMABLE = {"total_timesteps", "device", "bf16", "num_threads", "resume", "checkpoint_minutes"}
+CHECKPOINT_KEYS = {"args", "global_step", "network", "optimizer", "best", "recent", "rng"}
 
 
-def parse(args_class, **tyro_options):
+def parse(args_class, **options):
     """`tyro.cli`, with its framed error messages brought down to one line."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(args_class, **tyro_options)
+            return tyro.cli(args_class, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines()]
-        text = " ".join(lines[1 : next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))])
+        lines = [line.strip("│ ") for line in message.getvalue().splitlines()[1:]]
+        text = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─╰", lines))
         raise UserError(f"{text.rstrip('.')}; --help lists the options") from None
 
 
 def check_args(args: Args) -> None:
-    """Raises UserError for values that cannot be trained with, before anything is touched."""
-
-    def require(condition: bool, name: str, wanted: str) -> None:
-        if not condition:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {wanted}")
-
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps"):
-        require(getattr(args, name) > 0, name, "a positive whole number")
-    for name in ("gamma", "q_lambda", "start_e", "end_e"):
-        require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
-    require(0 < args.exploration_fraction <= 1, "exploration_fraction", "above 0 and at most 1")
-    for name in ("learning_rate", "max_grad_norm", "checkpoint_minutes"):
-        require(0 < getattr(args, name) < math.inf, name, "a positive number")
-    require(0 <= args.weight_decay < math.inf, "weight_decay", "0 or a positive number")
-    require(0 <= args.seed < 2**31, "seed", "between 0 and 2147483647")
-    require(args.num_threads >= 0, "num_threads", "0 (one a core) or a positive whole number")
+    """Raises UserError for values that nothing can be trained with, before any work is done."""
+    bounds = {
+        "num_envs num_steps num_minibatches update_epochs total_timesteps": (1, math.inf, "a positive whole number"),
+        "gamma q_lambda start_e end_e": (0, 1, "between 0 and 1"),
+        "exploration_fraction": (1e-9, 1, "above 0 and at most 1"),
+        "learning_rate max_grad_norm checkpoint_minutes": (1e-12, 1e12, "a positive number"),
+        "weight_decay": (0, 1e12, "0 or a positive number"),
+        "seed num_threads": (0, 2**31 - 1, "0 or a positive whole number below 2147483648"),
+    }
+    for names, (low, high, wanted) in bounds.items():
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {wanted}")
     rollout = args.num_envs * args.num_steps
-    require(
-        rollout % args.num_minibatches == 0,
-        "num_minibatches",
-        f"a divisor of a rollout's --num-envs {args.num_envs} x --num-steps {args.num_steps} = {rollout} steps",
-    )
-    require(args.total_timesteps >= rollout, "total_timesteps", f"at least one rollout, {rollout} steps")
+    steps = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {rollout} steps"
+    if rollout % args.num_minibatches:
+        raise UserError(f"--num-minibatches {args.num_minibatches}: must divide a rollout's {steps}")
+    if args.total_timesteps < rollout:
+        raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {steps}")
     atari_spec(args.env_id)
     choose_device(args.device)
+    try:
+        Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.log_dir).close()
+    except OSError as error:
+        raise UserError(f"--log-dir {args.log_dir}: must be a folder to write in: {error.strerror}") from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -178,9 +156,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments -----------------------------------------------------------------------------------------------------
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
@@ -188,9 +164,8 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     games = {name: spec for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"}
     if env_id in games:
         return games[env_id]
-    nearest = difflib.get_close_matches(env_id, games, n=3, cutoff=0.6)
-    hint = "did you mean " + " or ".join(nearest) if nearest else "BreakoutNoFrameskip-v4 is one"
-    raise UserError(f"--env-id {env_id}: not an Atari game that ale-py has; {hint}?".replace("is one?", "is one"))
+    nearest = difflib.get_close_matches(env_id, games, n=3) or ["BreakoutNoFrameskip-v4"]
+    raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {', '.join(nearest)}")
 
 
 class NativeAtariVecEnv(VecEnv):
@@ -221,7 +196,8 @@ class NativeAtariVecEnv(VecEnv):
         observations, info = self.envs.reset(seed=seeds)
         self._reset_seeds()
         self._reset_options()
-        self.reset_infos = [{"lives": lives} for lives in info["lives"].tolist()]
+        played = zip(info["lives"].tolist(), info["episode_frame_number"].tolist(), strict=True)
+        self.reset_infos = [{"lives": lives, "episode_frame_number": frame} for lives, frame in played]
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -229,10 +205,8 @@ class NativeAtariVecEnv(VecEnv):
 
     def step_wait(self):
         observations, rewards, terminated, truncated, info = self.envs.recv()
-        infos = [
-            {"lives": lives, "TimeLimit.truncated": cut}
-            for lives, cut in zip(info["lives"].tolist(), truncated.tolist(), strict=True)
-        ]
+        pairs = zip(info["lives"].tolist(), truncated.tolist(), strict=True)
+        infos = [{"lives": lives, "TimeLimit.truncated": cut} for lives, cut in pairs]
         for i in np.flatnonzero(terminated | truncated):
             # ALE has already begun the next game: these are its first observation and its lives.
             self.reset_infos[i] = {"lives": infos[i]["lives"]}
@@ -320,7 +294,8 @@ def sb3_preprocessing(env: gym.Env, frame_skip: int, noop_max: int) -> gym.Env:
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; it ends its workers itself
     shape = (*env.observation_space.shape, 3)
-    env = TransformObservation(env, lambda gray: np.broadcast_to(gray[..., None], shape), gym.spaces.Box(0, 255, shape, np.uint8))
+    rgb = gym.spaces.Box(0, 255, shape, np.uint8)
+    env = TransformObservation(env, lambda gray: np.broadcast_to(gray[..., None], shape), rgb)
     if noop_max > 0:
         env = NoopResetEnv(env, noop_max)
     if frame_skip > 1:
@@ -328,9 +303,7 @@ def sb3_preprocessing(env: gym.Env, frame_skip: int, noop_max: int) -> gym.Env:
     return WarpFrame(env)
 
 
-def make_env(
-    env_id: str, num_envs: int, seed: int, vec_env: str = "native", noop_max: int = 30, num_threads: int = 0
-) -> VecEnv:
+def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=30, num_threads=0) -> VecEnv:
     """A Stable-Baselines3 `VecEnv` of `num_envs` games with Atari's usual preprocessing.
 
     `reset()` gives uint8 `(num_envs, 4, 84, 84)`; `step()` adds float32 rewards in {-1, 0, 1}, `dones` at every lost
@@ -341,29 +314,24 @@ def make_env(
     """
     spec = atari_spec(env_id)
     frame_skip = spec.kwargs["frameskip"]
-    if frame_skip == 1:  # "NoFrameskip": the skipping is left to the preprocessing, 4 by convention
+    random_skip = not isinstance(frame_skip, int)
+    if frame_skip == 1:  # "NoFrameskip" leaves the skipping to the preprocessing: 4, by convention
         frame_skip = 4
-    if vec_env == "native" and isinstance(frame_skip, int):
+    if vec_env == "native" and not random_skip:
         venv = NativeAtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads)
     else:
-        random_skip = not isinstance(frame_skip, int)
-        venv = make_vec_env(
-            env_id,
-            num_envs,
-            wrapper_class=sb3_preprocessing,
-            wrapper_kwargs={"frame_skip": 1 if random_skip else frame_skip, "noop_max": noop_max},
-            env_kwargs={"obs_type": "grayscale", "frameskip": frame_skip if random_skip else 1},
-            vec_env_cls=SubprocVecEnv if vec_env == "subproc" else DummyVecEnv,
-        )
+        wrapper_kwargs = {"frame_skip": 1 if random_skip else frame_skip, "noop_max": noop_max}
+        env_kwargs = {"obs_type": "grayscale", "frameskip": frame_skip if random_skip else 1}
+        vec_env_cls = SubprocVecEnv if vec_env == "subproc" else DummyVecEnv
+        kinds = {"wrapper_class": sb3_preprocessing, "vec_env_cls": vec_env_cls}
+        venv = make_vec_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs, **kinds)
         venv = VecFrameStack(VecTransposeImage(venv), 4, channels_order="first")
     venv = EpisodicLife(venv)
     venv.seed(seed)
     return venv
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Network and agent
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Network and agent ------------------------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
@@ -470,6 +438,15 @@ def update(network: QNetwork, optimizer: RAdam, frames, actions, targets, max_gr
     return torch.stack((loss, q_values.mean(), targets.mean())).detach()
 
 
+def make_rollout(num_steps: int, num_envs: int, pin_memory: bool) -> dict[str, torch.Tensor]:
+    """The host's buffers of a rollout, reused for all of them; one frame more than steps, to bootstrap from."""
+    dtypes = {"actions": torch.int64, "rewards": torch.float32, "next_values": torch.float32}
+    dtypes |= {"terminated": torch.bool, "truncated": torch.bool}
+    frames = torch.zeros((num_steps + 1, num_envs, 4, 84, 84), dtype=torch.uint8, pin_memory=pin_memory)
+    shape = (num_steps, num_envs)
+    return {"frames": frames} | {k: torch.zeros(shape, dtype=v, pin_memory=pin_memory) for k, v in dtypes.items()}
+
+
 def learn(network, optimizer, rollout: dict, batch: dict, final_frames: list, rng, args: Args) -> torch.Tensor:
     """All updates of one rollout (paper, algorithm 1).
 
@@ -493,22 +470,19 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: list, rn
             next_values = max_q(network, frames[args.num_envs :]).view(args.num_steps, args.num_envs)
         if len(final_frames):
             next_values[where_truncated] = max_q(network, final_frames)
-        targets = q_lambda_returns(
-            batch["rewards"], next_values, batch["terminated"], batch["truncated"], args.gamma, args.q_lambda
-        ).flatten()
+        ends = batch["terminated"], batch["truncated"]
+        targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
         shuffled = torch.from_numpy(rng.permutation(len(actions))).to(device)
         for rows in shuffled.chunk(args.num_minibatches):
             statistics += update(network, optimizer, frames[rows], actions[rows], targets[rows], args.max_grad_norm)
     return torch.cat((statistics / (args.update_epochs * args.num_minibatches), optimizer.found_inf[None]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def write_file(path: Path, content: dict) -> None:
-    """Writes beside `path` and renames over it, so that at every instant a whole file is there."""
+    """Writes beside `path` and renames over it: at every instant a whole file is there. Raises OSError."""
     data = io.BytesIO()
     torch.save({"version": VERSION, **content}, data)
     beside = path.with_name(path.name + ".new")
@@ -524,120 +498,242 @@ def write_file(path: Path, content: dict) -> None:
 
 
 def read_file(path: Path, keys: set[str]) -> dict:
-    """The content of a file of `write_file`, read as data only; UserError for anything else."""
+    """The content of a file of `write_file`, read as data and never executed; UserError for anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception:  # whatever the unpickler makes of bytes that are not ours
-        raise UserError(f"{path}: not a file of this program, or a damaged one") from None
-    if not isinstance(content, dict) or not keys <= content.keys() or not isinstance(content.get("version"), int):
-        raise UserError(f"{path}: not a file of this program: it lacks {', '.join(sorted(keys))} or version")
+    except Exception:  # whatever an unpickler makes of bytes that are not ours
+        raise UserError(f"{path}: damaged, or not a file of this program") from None
+    if not isinstance(content, dict) or not {"version", *keys} <= content.keys():
+        raise UserError(f"{path}: not a file of this program (it should hold {', '.join(sorted(keys))})")
     if content["version"] > VERSION:
-        raise UserError(f"{path}: written by a newer version of this program ({content['version']}; this is {VERSION})")
+        raise UserError(f"{path}: of a newer version of this program (format {content['version']}, not {VERSION})")
     return content
 
 
-def make_run_dir(args: Args) -> Path:
-    """A new folder for a run; two runs that start in the same second get one each."""
+def make_run_dir(args: Args, checkpoint: dict) -> Path:
+    """A new folder for a run; it appears with its first checkpoint in it, under a name that no other run has."""
+    beside = Path(tempfile.mkdtemp(prefix=".", dir=args.log_dir))
+    beside.chmod(0o755)
+    (beside / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    write_file(beside / "checkpoint.pth", checkpoint)
     while True:
-        run_dir = Path(args.log_dir) / f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{int(time.time())}"
+        name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{int(time.time())}"
         try:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-            return run_dir
-        except FileExistsError:
-            if not run_dir.is_dir():
-                raise UserError(f"--log-dir {args.log_dir}: is a file, not a folder") from None
-            time.sleep(0.2)
-        except OSError as error:
-            raise UserError(f"--log-dir {args.log_dir}: cannot be written: {error.strerror}") from None
+            return beside.rename(Path(args.log_dir, name))
+        except OSError:
+            if not Path(args.log_dir, name).exists():
+                raise
+            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+def lock_run_dir(run_dir: Path) -> FileLock:
+    """Keeps other processes out of a run's folder; the system lifts the lock with the process, however that ends."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"--resume {run_dir}: a live run is using this folder") from None
+    return lock
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+stop_signals: list[int] = []  # SIGINT or SIGTERM, once one came
 
 
 def train(args: Args) -> Path:
-    """Trains as `args` say and returns the run's folder."""
+    """Trains as `args` say; returns the run's folder: TensorBoard events, best_model.pth, checkpoint.pth, args.json."""
     check_args(args)
     device = choose_device(args.device)
-    run_dir = make_run_dir(args)
-    torch.manual_seed(args.seed)
+    bf16 = args.bf16 == "on" or (args.bf16 == "auto" and computes_in_bf16(device))
     torch.backends.cudnn.deterministic = True
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    envs = make_env(args.env_id, args.num_envs, args.seed, args.vec_env, num_threads=args.num_threads)
-    bf16 = args.bf16 == "on" or args.bf16 == "auto" and computes_in_bf16(device)
+    global_step, best, recent, saved = 0, -math.inf, deque(maxlen=100), None
+    if args.resume:
+        run_dir = Path(args.resume)
+        lock = lock_run_dir(run_dir)
+        saved = read_file(run_dir / "checkpoint.pth", CHECKPOINT_KEYS)
+        global_step, best = saved["global_step"], saved["best"]
+        if (run_dir / "best_model.pth").exists():  # it may be younger than the checkpoint
+            best = max(best, read_file(run_dir / "best_model.pth", {"mean_return"})["mean_return"])
+        recent.extend(saved["recent"])
+        rng.bit_generator.state = json.loads(saved["rng"])
+
+    # The games of a resumed run start anew, from seeds of their own: not its first games once more.
+    envs_seed = (args.seed + global_step) % 2**31
+    envs = make_env(args.env_id, args.num_envs, envs_seed, args.vec_env, num_threads=args.num_threads)
     network = QNetwork(int(envs.action_space.n), bf16).to(device)
     optimizer = RAdam(network.parameters(), args.learning_rate, args.weight_decay)
     optimizer.found_inf = torch.zeros((), device=device)
+    if saved:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
 
-    shape = (args.num_steps, args.num_envs)
-    pin = device.type == "cuda"
-    rollout = {
-        "frames": torch.zeros((args.num_steps + 1, args.num_envs, 4, 84, 84), dtype=torch.uint8, pin_memory=pin),
-        "actions": torch.zeros(shape, dtype=torch.int64, pin_memory=pin),
-        "rewards": torch.zeros(shape, pin_memory=pin),
-        "next_values": torch.zeros(shape, pin_memory=pin),
-        "terminated": torch.zeros(shape, dtype=torch.bool, pin_memory=pin),
-        "truncated": torch.zeros(shape, dtype=torch.bool, pin_memory=pin),
-    }
+    def checkpoint() -> dict:
+        learned = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        progress = {"args": dataclasses.asdict(args), "global_step": global_step, "best": best, "recent": list(recent)}
+        return {**learned, **progress, "rng": json.dumps(rng.bit_generator.state)}
+
+    def model() -> dict:
+        about = {"env_id": args.env_id, "num_actions": network.fc2.out_features, "global_step": global_step}
+        return {**about, "mean_return": score, "network": network.state_dict()}
+
+    if not saved:
+        run_dir = make_run_dir(args, checkpoint())
+        lock = lock_run_dir(run_dir)
+    disk_failed = False
+
+    def save(name: str, content: dict) -> None:
+        nonlocal disk_failed
+        try:
+            write_file(run_dir / name, content)
+            disk_failed = False
+        except OSError as error:
+            if not disk_failed:
+                tqdm.write(f"{run_dir / name}: cannot be written: {error.strerror}; training goes on and tries again")
+            disk_failed = True
+
+    def log(scalars: dict, step: int) -> None:
+        nonlocal writer
+        try:
+            for tag, value in scalars.items():
+                if writer:
+                    writer.add_scalar(tag, value, step)
+        except Exception as error:  # whatever stopped the writer's thread
+            tqdm.write(f"{run_dir}: no more TensorBoard events: {error}; training goes on")
+            writer = None
+
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)
+    if not saved:
+        settings = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        for summary in hparams(settings, {"charts/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+
+    # One set of buffers for all rollouts: numpy views of the host's tensors, and their twins on the device.
+    batch_size, exploration_steps = args.num_envs * args.num_steps, args.exploration_fraction * args.total_timesteps
+    rollout = make_rollout(args.num_steps, args.num_envs, pin_memory=device.type == "cuda")
     batch = rollout if device.type == "cpu" else {k: torch.empty_like(v, device=device) for k, v in rollout.items()}
     frames, actions, rewards, next_values, terminated, truncated = (tensor.numpy() for tensor in rollout.values())
 
-    writer = SummaryWriter(run_dir)
-    best = -math.inf
-    recent = deque(maxlen=100)
-    global_step = 0
-    start = time.time(); last=start
-    frames[0] = envs.reset()
-    while global_step + args.num_envs*args.num_steps <= args.total_timesteps:
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, global_step)
-        final_frames = []
-        n_games = len(recent)
-        for t in range(args.num_steps):
-            with torch.no_grad():
-                q = network(rollout["frames"][t].to(device)).cpu().numpy()
-            if t > 0: next_values[t-1] = q.max(1)
-            epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
-            actions[t] = epsilon_greedy(q, epsilon, rng)
-            frames[t+1], rewards[t], dones, infos = envs.step(actions[t])
-            global_step += args.num_envs
-            for i, info in enumerate(infos):
-                actions[t, i] = info.get("action", actions[t, i])
-                truncated[t, i] = info.get("TimeLimit.truncated", False)
-                if truncated[t, i]: final_frames.append(info["terminal_observation"])
-                if "episode" in info:
-                    recent.append(info["episode"]["r"])
-                    writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
-                    writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
-            terminated[t] = dones & ~truncated[t]
-        next_values[-1] = max_q(network, rollout["frames"][-1].to(device)).cpu().numpy()
-        loss, q, target, bad = learn(network, optimizer, rollout, batch, final_frames, rng, args).tolist()
-        frames[0] = frames[-1]
-        writer.add_scalar("losses/td_loss", loss, global_step)
-        writer.add_scalar("losses/current_q", q, global_step)
-        writer.add_scalar("losses/target_q", target, global_step)
-        score = np.mean(recent) if recent else math.nan
-        if len(recent) == 100 and score > best:
-            best = score
-            write_file(run_dir / "best_model.pth", {"env_id": args.env_id, "num_actions": network.fc2.out_features, "network": network.state_dict(), "global_step": global_step, "mean_return": best})
-        if time.time() - last > 30:
-            last = time.time()
-            print(f"{global_step:,} steps, {last-start:.0f} s, score {score:.2f}, {global_step / (time.time() - start):.0f} SPS, eps {epsilon:.3f} q {q:.3f} target {target:.3f} loss {loss:.4f} bad {bad}", flush=True)
-    print(f"END {global_step:,} steps, {time.time()-start:.0f} s, score {score:.2f} best {best:.2f}")
-    writer.close()
-    envs.close()
+    what = f"Q({args.q_lambda:g})" if args.q_lambda else "TD(0)"
+    where = f"{device} in {'bfloat16' if bf16 else 'float32'}"
+    tqdm.write(f"PQN, {what}, on {args.num_envs} games of {args.env_id} ({args.vec_env}) and {where}: {run_dir}")
+    if saved:
+        tqdm.write(f"resumed at step {global_step:,}; the games start anew")
+    first_step, score, start = global_step, math.nan, time.monotonic()
+    told = checkpointed = start
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
+    try:
+        frames[0] = envs.reset()
+        while global_step + batch_size <= args.total_timesteps and not stop_signals:
+            # Play num_steps of every game, epsilon-greedily.
+            final_frames = []
+            for t in range(args.num_steps):
+                step = global_step + (t + 1) * args.num_envs
+                epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, step)
+                with torch.no_grad():
+                    q_values = network(rollout["frames"][t].to(device, non_blocking=True)).cpu().numpy()
+                next_values[t - 1] = q_values.max(1)  # at t = 0 a place holder, for the last row
+                actions[t] = epsilon_greedy(q_values, epsilon, rng)
+                frames[t + 1], rewards[t], dones, infos = envs.step(actions[t])
+                for i, info in enumerate(infos):
+                    actions[t, i] = info.get("action", actions[t, i])
+                    truncated[t, i] = info.get("TimeLimit.truncated", False)
+                    if truncated[t, i]:
+                        final_frames.append(info["terminal_observation"])
+                    if "episode" in info:
+                        recent.append(info["episode"]["r"])
+                        game = {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]}
+                        log({f"charts/{name}": value for name, value in game.items()}, step)
+                terminated[t] = dones & ~truncated[t]
+            next_values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
+
+            # Learn from them.
+            if args.anneal_lr:
+                lr = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, global_step)
+                optimizer.param_groups[0]["lr"] = lr
+            statistics = learn(network, optimizer, rollout, batch, final_frames, rng, args)
+            loss, current_q, target_q, not_finite = statistics.tolist()
+            if not_finite:
+                raise UserError(
+                    f"step {global_step:,}: a gradient is not finite; the weights were left as they are. "
+                    f"Try --resume {run_dir} with --bf16 off, or a new run with a lower --learning-rate"
+                )
+            frames[0] = frames[-1]
+            global_step += batch_size
+
+            # Report and save.
+            now = time.monotonic()
+            sps = (global_step - first_step) / (now - start)
+            score = float(np.mean(recent)) if recent else math.nan
+            charts = {"SPS": sps, "epsilon": epsilon, "learning_rate": optimizer.param_groups[0]["lr"]}
+            charts["sparse_reward_ratio"] = float((rewards == 0).mean())
+            losses = {"td_loss": loss, "current_q": current_q, "target_q": target_q}
+            log({f"charts/{name}": value for name, value in charts.items()}, global_step)
+            log({f"losses/{name}": value for name, value in losses.items()}, global_step)
+            if len(recent) == recent.maxlen and score > best:
+                save("best_model.pth", model())
+                best = best if disk_failed else score
+            if now - checkpointed > 60 * args.checkpoint_minutes:
+                save("checkpoint.pth", checkpoint())
+                checkpointed = now
+            progress = f"score {score:.1f}, epsilon {epsilon:.3f}, {sps:.0f} steps/s"
+            bar.set_postfix_str(progress, refresh=False)
+            bar.update(batch_size)
+            if bar.disable and now - told > 30:
+                tqdm.write(f"step {global_step:,}: {progress}")
+                told = now
+        save("checkpoint.pth", checkpoint())
+    except (EOFError, ConnectionError):  # SB3's pipes say so when the process at their other end is gone
+        save("checkpoint.pth", checkpoint())
+        dead = " ".join(str(process.pid) for process in envs.unwrapped.processes if not process.is_alive())
+        if not stop_signals:  # else they had the same signal
+            raise UserError(f"environment process {dead} died; go on with --resume {run_dir}") from None
+    finally:
+        bar.close()
+        with contextlib.suppress(EOFError, OSError):
+            envs.close()
+        for process in multiprocessing.active_children():
+            process.terminate()
+        with contextlib.suppress(Exception):
+            writer.close()
+        lock.release()
+    if not (run_dir / "best_model.pth").exists():  # fewer than 100 games so far
+        save("best_model.pth", model())
+    minutes = (time.monotonic() - start) / 60
+    tqdm.write(f"step {global_step:,} after {minutes:.1f} minutes: mean of the last {len(recent)} games {score:.1f}")
+    if stop_signals:
+        tqdm.write(f"stopped; to go on: python pqn_breakout.py --resume {run_dir}")
+        sys.exit(128 + stop_signals[0])
+    tqdm.write(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+    tqdm.write(f"to see the curves: tensorboard --logdir {args.log_dir}")
     return run_dir
 
 
+def request_stop(signum: int, _) -> None:
+    """Ends training after the rollout under way; the second signal ends the process at once."""
+    stop_signals.append(signum)
+    signal.signal(signum, signal.SIG_DFL)
+
+
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     try:
         args = parse(Args)
+        if args.resume:
+            own = read_file(Path(args.resume, "checkpoint.pth"), CHECKPOINT_KEYS)["args"]
+            args = parse(Args, default=Args(**own))
+            for name, value in own.items():
+                if getattr(args, name) != value and name not in RESUMABLE:
+                    raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: this run learns with {value}")
         train(args)
     except UserError as error:
         sys.exit(f"pqn_breakout.py: error: {error}")
