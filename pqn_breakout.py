@@ -196,21 +196,26 @@ class NativeAtariVecEnv(VecEnv):
         observations, info = self.envs.reset(seed=seeds)
         self._reset_seeds()
         self._reset_options()
-        played = zip(info["lives"].tolist(), info["episode_frame_number"].tolist(), strict=True)
+        self.lives = info["lives"].tolist()
+        played = zip(self.lives, info["episode_frame_number"].tolist(), strict=True)
         self.reset_infos = [{"lives": lives, "episode_frame_number": frame} for lives, frame in played]
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
-        self.envs.send(np.asarray(actions, dtype=np.int64))
+        actions = np.asarray(actions, dtype=np.int64)
+        if not 0 <= actions.min() <= actions.max() < self.action_space.n:  # ALE would never answer
+            raise ValueError(f"actions {actions}: must be from 0 to {self.action_space.n - 1}")
+        self.envs.send(actions)
 
     def step_wait(self):
         observations, rewards, terminated, truncated, info = self.envs.recv()
-        pairs = zip(info["lives"].tolist(), truncated.tolist(), strict=True)
+        lives_before, self.lives = self.lives, info["lives"].tolist()
+        pairs = zip(self.lives, truncated.tolist(), strict=True)
         infos = [{"lives": lives, "TimeLimit.truncated": cut} for lives, cut in pairs]
         for i in np.flatnonzero(terminated | truncated):
             # ALE has already begun the next game: these are its first observation and its lives.
-            self.reset_infos[i] = {"lives": infos[i]["lives"]}
-            infos[i]["lives"] = 0
+            self.reset_infos[i] = {"lives": self.lives[i]}
+            infos[i]["lives"] = lives_before[i] if truncated[i] else 0
             infos[i]["terminal_observation"] = info["final_obs"][i]
         return observations, rewards.astype(np.float32), terminated | truncated, infos
 
@@ -296,7 +301,7 @@ def sb3_preprocessing(env: gym.Env, frame_skip: int, noop_max: int) -> gym.Env:
     shape = (*env.observation_space.shape, 3)
     rgb = gym.spaces.Box(0, 255, shape, np.uint8)
     env = TransformObservation(env, lambda gray: np.broadcast_to(gray[..., None], shape), rgb)
-    if noop_max > 0:
+    if noop_max > 0 and "NOOP" in env.unwrapped.get_action_meanings():  # two games have no such action
         env = NoopResetEnv(env, noop_max)
     if frame_skip > 1:
         env = MaxAndSkipEnv(env, frame_skip)
@@ -383,10 +388,10 @@ def q_lambda_returns(rewards, next_values, terminated, truncated, gamma: float, 
     at a termination it is not used. The recursion (paper, section 4, equation 13) stops at both:
     R_t = r_t + gamma * (lambda * R_{t+1} + (1 - lambda) * max_a Q(s_{t+1}, a)).
     """
-    returns = rewards + gamma * (terminated == 0) * next_values
+    returns = rewards + gamma * next_values * (terminated == 0)
     for t in range(len(rewards) - 2, -1, -1):
         goes_on = (terminated[t] == 0) & (truncated[t] == 0)
-        returns[t] += gamma * q_lambda * goes_on * (returns[t + 1] - next_values[t])
+        returns[t] += gamma * q_lambda * (returns[t + 1] - next_values[t]) * goes_on
     return returns
 
 
@@ -447,12 +452,12 @@ def make_rollout(num_steps: int, num_envs: int, pin_memory: bool) -> dict[str, t
     return {"frames": frames} | {k: torch.zeros(shape, dtype=v, pin_memory=pin_memory) for k, v in dtypes.items()}
 
 
-def learn(network, optimizer, rollout: dict, batch: dict, final_frames: list, rng, args: Args) -> torch.Tensor:
+def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rng, args: Args) -> torch.Tensor:
     """All updates of one rollout (paper, algorithm 1).
 
     `rollout` holds host tensors, `batch` their twins on the network's device (on a CPU the same tensors): uint8
     `frames (num_steps + 1, num_envs, 4, 84, 84)` and, `(num_steps, num_envs)` each, `actions`, `rewards`,
-    `next_values`, `terminated`, `truncated`; `final_frames` are the last observations of truncated games, in order.
+    `next_values`, `terminated`, `truncated`; `final_frames[t, i]` is the last observation of a game truncated there.
     Returns means of loss, Q and target over the updates, and whether a gradient was not finite.
     """
     for name, tensor in rollout.items():
@@ -461,15 +466,15 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: list, rn
     device = batch["frames"].device
     frames, actions = batch["frames"].flatten(0, 1), batch["actions"].flatten()
     if final_frames:
-        where_truncated = batch["truncated"].nonzero(as_tuple=True)
-        final_frames = torch.from_numpy(np.stack(final_frames)).to(device)
+        where_truncated = tuple(torch.tensor(list(final_frames)).T)
+        last_observations = torch.from_numpy(np.stack(list(final_frames.values()))).to(device)
     next_values = batch["next_values"]  # acting has just computed them: good for the first epoch
     statistics = torch.zeros(3, device=device)
     for epoch in range(args.update_epochs):
         if epoch > 0:
             next_values = max_q(network, frames[args.num_envs :]).view(args.num_steps, args.num_envs)
-        if len(final_frames):
-            next_values[where_truncated] = max_q(network, final_frames)
+        if final_frames:
+            next_values[where_truncated] = max_q(network, last_observations)
         ends = batch["terminated"], batch["truncated"]
         targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
         shuffled = torch.from_numpy(rng.permutation(len(actions))).to(device)
@@ -633,7 +638,7 @@ def train(args: Args) -> Path:
         frames[0] = envs.reset()
         while global_step + batch_size <= args.total_timesteps and not stop_signals:
             # Play num_steps of every game, epsilon-greedily.
-            final_frames = []
+            final_frames = {}
             for t in range(args.num_steps):
                 step = global_step + (t + 1) * args.num_envs
                 epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, step)
@@ -646,7 +651,7 @@ def train(args: Args) -> Path:
                     actions[t, i] = info.get("action", actions[t, i])
                     truncated[t, i] = info.get("TimeLimit.truncated", False)
                     if truncated[t, i]:
-                        final_frames.append(info["terminal_observation"])
+                        final_frames[t, i] = info["terminal_observation"]
                     if "episode" in info:
                         recent.append(info["episode"]["r"])
                         game = {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]}
