@@ -19,6 +19,8 @@ import math
 import multiprocessing
 import os
 import signal
+import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +49,7 @@ from stable_baselines3.common.vec_env import (
     VecFrameStack,
     VecTransposeImage,
 )
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -89,10 +92,11 @@ class Args:
     log_dir: str = "logs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with, under that run's own arguments
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints
+    capture_video: bool = False  # every ten minutes, record a game of the best model so far: videos/ and TensorBoard
 
 
 # What may differ when a run is resumed: where and how long it runs, not what it learns.
-RESUMABLE = {"total_timesteps", "device", "bf16", "num_threads", "resume", "checkpoint_minutes"}
+RESUMABLE = {"total_timesteps", "device", "bf16", "num_threads", "resume", "checkpoint_minutes", "capture_video"}
 CHECKPOINT_KEYS = {"args", "global_step", "network", "optimizer", "best", "recent", "rng"}
 
 
@@ -147,13 +151,6 @@ def choose_device(name: str) -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: no such device on this machine; cpu and auto always work") from None
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 natively, rather than slowly emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -552,7 +549,10 @@ def train(args: Args) -> Path:
     """Trains as `args` say; returns the run's folder: TensorBoard events, best_model.pth, checkpoint.pth, args.json."""
     check_args(args)
     device = choose_device(args.device)
-    bf16 = args.bf16 == "on" or (args.bf16 == "auto" and computes_in_bf16(device))
+    bf16 = args.bf16 == "on"
+    if args.bf16 == "auto":  # only where the hardware does not emulate it, slowly
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = cuda or (device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     torch.backends.cudnn.deterministic = True
     torch.set_num_threads(args.num_threads or os.cpu_count())
     torch.manual_seed(args.seed)
@@ -632,7 +632,7 @@ def train(args: Args) -> Path:
     if saved:
         tqdm.write(f"resumed at step {global_step:,}; the games start anew")
     first_step, score, start = global_step, math.nan, time.monotonic()
-    told = checkpointed = start
+    told, checkpointed, recorded, recorder, video = start, start, -math.inf, None, None
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     try:
         frames[0] = envs.reset()
@@ -685,6 +685,30 @@ def train(args: Args) -> Path:
             if len(recent) == recent.maxlen and score > best:
                 save("best_model.pth", model())
                 best = best if disk_failed else score
+            if recorder and recorder.poll() == 0 and writer:
+                gif = video.read_bytes()
+                width, height = struct.unpack("<HH", gif[6:10])
+                image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
+                picture = Summary(value=[Summary.Value(tag="best_model", image=image)])
+                with contextlib.suppress(Exception):  # `log` tells when the writer has failed
+                    writer.file_writer.add_summary(picture, int(video.stem))
+                recorder = None
+            if args.capture_video and best > -math.inf and now - recorded > 600:
+                video = run_dir / "videos" / f"{global_step}.gif"
+                video.parent.mkdir(exist_ok=True)
+                command = [
+                    sys.executable,
+                    Path(__file__).with_name("evaluate.py"),
+                    "--episodes",
+                    "1",
+                    "--device",
+                    "cpu",
+                ]
+                command += ["--epsilon", str(args.end_e), "--video", video, "--show-q"]  # epsilon ends endless rallies
+                command += ["--model", run_dir / "best_model.pth"]
+                recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+                os.setpriority(os.PRIO_PROCESS, recorder.pid, 19)  # it gets what training leaves
+                recorded = now
             if now - checkpointed > 60 * args.checkpoint_minutes:
                 save("checkpoint.pth", checkpoint())
                 checkpointed = now
@@ -702,6 +726,8 @@ def train(args: Args) -> Path:
             raise UserError(f"environment process {dead} died; go on with --resume {run_dir}") from None
     finally:
         bar.close()
+        if recorder:
+            recorder.terminate()  # it leaves a whole video or none
         with contextlib.suppress(EOFError, OSError):
             envs.close()
         for process in multiprocessing.active_children():
