@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# Before torch is imported: its idle threads should leave their cores to the emulators and to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -554,7 +557,8 @@ def train(args: Args) -> Path:
         cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = cuda or (device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     global_step, best, recent, saved = 0, -math.inf, deque(maxlen=100), None
