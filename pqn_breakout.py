@@ -12,12 +12,14 @@ Targets are TD(0) by default and Q(lambda) with --q-lambda.
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -113,7 +115,8 @@ def parse(args_class, **options):
         if not stop.code:
             raise
         lines = [line.strip("│ ") for line in message.getvalue().splitlines()[1:]]
-        text = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─╰", lines))
+        paragraphs = itertools.groupby(lines, lambda line: bool(line.strip("─╰╯-")))  # between rules
+        text = " ".join(next(group for is_text, group in paragraphs if is_text))
         raise UserError(f"{text.rstrip('.')}; --help lists the options") from None
 
 
@@ -151,8 +154,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=name).tolist()  # some devices only pretend to hold data
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise UserError(f"--device {name}: no such device on this machine; cpu and auto always work") from None
 
 
@@ -290,14 +294,20 @@ class EpisodicLife(VecEnvWrapper):
         return observations, np.sign(rewards), dones, infos
 
 
+def quiet_game(**kwargs) -> gym.Env:
+    """`gym.make`, in an environment process too, without ALE's banner and deaf to Ctrl-C."""
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the trainer, which ends its workers itself
+    return gym.make(**kwargs)
+
+
 def sb3_preprocessing(env: gym.Env, frame_skip: int, noop_max: int) -> gym.Env:
     """The parts of SB3's `AtariWrapper` that show the game the native environment shows.
 
     The parts left out play frames that the agent never sees (FIRE at a reset, a no-op after a lost life); what they
     are for, `EpisodicLife` does. Luminance is taken before the frames are pooled, as ALE's native environment does.
     """
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; it ends its workers itself
     shape = (*env.observation_space.shape, 3)
     rgb = gym.spaces.Box(0, 255, shape, np.uint8)
     env = TransformObservation(env, lambda gray: np.broadcast_to(gray[..., None], shape), rgb)
@@ -326,10 +336,11 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
         venv = NativeAtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads)
     else:
         wrapper_kwargs = {"frame_skip": 1 if random_skip else frame_skip, "noop_max": noop_max}
-        env_kwargs = {"obs_type": "grayscale", "frameskip": frame_skip if random_skip else 1}
+        env_kwargs = {"id": env_id, "render_mode": "rgb_array", "obs_type": "grayscale"}
+        env_kwargs["frameskip"] = frame_skip if random_skip else 1
         vec_env_cls = SubprocVecEnv if vec_env == "subproc" else DummyVecEnv
         kinds = {"wrapper_class": sb3_preprocessing, "vec_env_cls": vec_env_cls}
-        venv = make_vec_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs, **kinds)
+        venv = make_vec_env(quiet_game, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs, **kinds)
         venv = VecFrameStack(VecTransposeImage(venv), 4, channels_order="first")
     venv = EpisodicLife(venv)
     venv.seed(seed)
@@ -487,9 +498,13 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
 
 
 def write_file(path: Path, content: dict) -> None:
-    """Writes beside `path` and renames over it: at every instant a whole file is there. Raises OSError."""
+    """Writes beside `path` and renames over it: at every instant a whole file is there. Raises OSError.
+
+    Behind what `torch.save` makes stands its SHA-256, as `torch.load` checks no sum; it reads the file nevertheless.
+    """
     data = io.BytesIO()
     torch.save({"version": VERSION, **content}, data)
+    data.write(hashlib.sha256(data.getbuffer()).digest())
     beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
@@ -505,12 +520,15 @@ def write_file(path: Path, content: dict) -> None:
 def read_file(path: Path, keys: set[str]) -> dict:
     """The content of a file of `write_file`, read as data and never executed; UserError for anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise ValueError
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:  # whatever an unpickler makes of bytes that are not ours
         raise UserError(f"{path}: damaged, or not a file of this program") from None
-    if not isinstance(content, dict) or not {"version", *keys} <= content.keys():
+    if not (isinstance(content, dict) and isinstance(content.get("version"), int) and keys <= content.keys()):
         raise UserError(f"{path}: not a file of this program (it should hold {', '.join(sorted(keys))})")
     if content["version"] > VERSION:
         raise UserError(f"{path}: of a newer version of this program (format {content['version']}, not {VERSION})")
@@ -520,9 +538,13 @@ def read_file(path: Path, keys: set[str]) -> dict:
 def make_run_dir(args: Args, checkpoint: dict) -> Path:
     """A new folder for a run; it appears with its first checkpoint in it, under a name that no other run has."""
     beside = Path(tempfile.mkdtemp(prefix=".", dir=args.log_dir))
-    beside.chmod(0o755)
-    (beside / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    write_file(beside / "checkpoint.pth", checkpoint)
+    try:
+        beside.chmod(0o755)
+        (beside / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        write_file(beside / "checkpoint.pth", checkpoint)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"--log-dir {args.log_dir}: a run cannot be written there: {error.strerror}") from None
     while True:
         name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{int(time.time())}"
         try:
@@ -540,12 +562,20 @@ def lock_run_dir(run_dir: Path) -> FileLock:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"--resume {run_dir}: a live run is using this folder") from None
+    except OSError as error:
+        raise UserError(f"--resume {run_dir}: cannot be written to: {error.strerror}") from None
     return lock
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once one came
+
+
+def say(line: str) -> None:
+    """Prints above the progress bar. Training goes on when nobody reads any more (`| head`, a closed terminal)."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
 
 
 def train(args: Args) -> Path:
@@ -574,7 +604,12 @@ def train(args: Args) -> Path:
 
     # The games of a resumed run start anew, from seeds of their own: not its first games once more.
     envs_seed = (args.seed + global_step) % 2**31
-    envs = make_env(args.env_id, args.num_envs, envs_seed, args.vec_env, num_threads=args.num_threads)
+    try:
+        envs = make_env(args.env_id, args.num_envs, envs_seed, args.vec_env, num_threads=args.num_threads)
+    except (EOFError, ConnectionError):
+        if stop_signals:  # the environment processes had it too
+            sys.exit(128 + stop_signals[0])
+        raise UserError(f"--vec-env {args.vec_env}: an environment process died at its start") from None
     network = QNetwork(int(envs.action_space.n), bf16).to(device)
     optimizer = RAdam(network.parameters(), args.learning_rate, args.weight_decay)
     optimizer.found_inf = torch.zeros((), device=device)
@@ -589,22 +624,22 @@ def train(args: Args) -> Path:
 
     def model() -> dict:
         about = {"env_id": args.env_id, "num_actions": network.fc2.out_features, "global_step": global_step}
-        return {**about, "mean_return": score, "network": network.state_dict()}
+        mean = score if len(recent) == recent.maxlen else -math.inf
+        return {**about, "mean_return": mean, "network": network.state_dict()}
 
     if not saved:
         run_dir = make_run_dir(args, checkpoint())
         lock = lock_run_dir(run_dir)
-    disk_failed = False
+    unwritten = set()  # names of files
 
     def save(name: str, content: dict) -> None:
-        nonlocal disk_failed
         try:
             write_file(run_dir / name, content)
-            disk_failed = False
+            unwritten.discard(name)
         except OSError as error:
-            if not disk_failed:
-                tqdm.write(f"{run_dir / name}: cannot be written: {error.strerror}; training goes on and tries again")
-            disk_failed = True
+            if name not in unwritten:
+                say(f"{run_dir / name}: cannot be written: {error.strerror}; training goes on and tries again")
+            unwritten.add(name)
 
     def log(scalars: dict, step: int) -> None:
         nonlocal writer
@@ -612,8 +647,10 @@ def train(args: Args) -> Path:
             for tag, value in scalars.items():
                 if writer:
                     writer.add_scalar(tag, value, step)
+            if writer and not scalars:
+                writer.flush()  # a resumed run continues the curves from its checkpoint on
         except Exception as error:  # whatever stopped the writer's thread
-            tqdm.write(f"{run_dir}: no more TensorBoard events: {error}; training goes on")
+            say(f"{run_dir}: no more TensorBoard events: {error}; training goes on")
             writer = None
 
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)
@@ -632,10 +669,10 @@ def train(args: Args) -> Path:
 
     what = f"Q({args.q_lambda:g})" if args.q_lambda else "TD(0)"
     where = f"{device} in {'bfloat16' if bf16 else 'float32'}"
-    tqdm.write(f"PQN, {what}, on {args.num_envs} games of {args.env_id} ({args.vec_env}) and {where}: {run_dir}")
+    say(f"PQN, {what}, on {args.num_envs} games of {args.env_id} ({args.vec_env}) and {where}: {run_dir}")
     if saved:
-        tqdm.write(f"resumed at step {global_step:,}; the games start anew")
-    first_step, score, start = global_step, math.nan, time.monotonic()
+        say(f"resumed at step {global_step:,}; the games start anew")
+    first_step, score, start = global_step, float(np.mean(recent)) if recent else math.nan, time.monotonic()
     told, checkpointed, recorded, recorder, video = start, start, -math.inf, None, None
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     try:
@@ -688,7 +725,7 @@ def train(args: Args) -> Path:
             log({f"losses/{name}": value for name, value in losses.items()}, global_step)
             if len(recent) == recent.maxlen and score > best:
                 save("best_model.pth", model())
-                best = best if disk_failed else score
+                best = best if "best_model.pth" in unwritten else score
             if recorder and recorder.poll() == 0 and writer:
                 gif = video.read_bytes()
                 width, height = struct.unpack("<HH", gif[6:10])
@@ -714,13 +751,14 @@ def train(args: Args) -> Path:
                 os.setpriority(os.PRIO_PROCESS, recorder.pid, 19)  # it gets what training leaves
                 recorded = now
             if now - checkpointed > 60 * args.checkpoint_minutes:
+                log({}, global_step)
                 save("checkpoint.pth", checkpoint())
                 checkpointed = now
             progress = f"score {score:.1f}, epsilon {epsilon:.3f}, {sps:.0f} steps/s"
             bar.set_postfix_str(progress, refresh=False)
             bar.update(batch_size)
             if bar.disable and now - told > 30:
-                tqdm.write(f"step {global_step:,}: {progress}")
+                say(f"step {global_step:,}: {progress}")
                 told = now
         save("checkpoint.pth", checkpoint())
     except (EOFError, ConnectionError):  # SB3's pipes say so when the process at their other end is gone
@@ -739,15 +777,17 @@ def train(args: Args) -> Path:
         with contextlib.suppress(Exception):
             writer.close()
         lock.release()
-    if not (run_dir / "best_model.pth").exists():  # fewer than 100 games so far
+    if best == -math.inf:  # fewer than 100 games so far
         save("best_model.pth", model())
+    if unwritten:
+        raise UserError(f"{run_dir}: {' and '.join(sorted(unwritten))} could not be written; those there are older")
     minutes = (time.monotonic() - start) / 60
-    tqdm.write(f"step {global_step:,} after {minutes:.1f} minutes: mean of the last {len(recent)} games {score:.1f}")
+    say(f"step {global_step:,} after {minutes:.1f} minutes: mean of the last {len(recent)} games {score:.1f}")
     if stop_signals:
-        tqdm.write(f"stopped; to go on: python pqn_breakout.py --resume {run_dir}")
+        say(f"stopped; to go on: python pqn_breakout.py --resume {run_dir}")
         sys.exit(128 + stop_signals[0])
-    tqdm.write(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
-    tqdm.write(f"to see the curves: tensorboard --logdir {args.log_dir}")
+    say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+    say(f"to see the curves: tensorboard --logdir {args.log_dir}")
     return run_dir
 
 
@@ -763,6 +803,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, request_stop)
     try:
         args = parse(Args)
+        if args.resume == "":
+            raise UserError("--resume: must name the folder of a run")
         if args.resume:
             own = read_file(Path(args.resume, "checkpoint.pth"), CHECKPOINT_KEYS)["args"]
             args = parse(Args, default=Args(**own))
