@@ -535,6 +535,12 @@ def read_file(path: Path, keys: set[str]) -> dict:
     return content
 
 
+def say(line: str) -> None:
+    """Prints above the progress bar. Training goes on when nobody reads any more (`| head`, a closed terminal)."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
+
+
 def make_run_dir(args: Args, checkpoint: dict) -> Path:
     """A new folder for a run; it appears with its first checkpoint in it, under a name that no other run has."""
     beside = Path(tempfile.mkdtemp(prefix=".", dir=args.log_dir))
@@ -555,27 +561,82 @@ def make_run_dir(args: Args, checkpoint: dict) -> Path:
             time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
 
 
-def lock_run_dir(run_dir: Path) -> FileLock:
-    """Keeps other processes out of a run's folder; the system lifts the lock with the process, however that ends."""
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"--resume {run_dir}: a live run is using this folder") from None
-    except OSError as error:
-        raise UserError(f"--resume {run_dir}: cannot be written to: {error.strerror}") from None
-    return lock
+class RunDir:
+    """A run's folder, kept for this process alone. Nothing that cannot be written into it stops training."""
+
+    def __init__(self, path: Path, purge_step: int | None = None):
+        self.path, self.unwritten, self.recorder, self.recorded = path, set(), None, -math.inf
+        self.lock = FileLock(path / ".lock")  # the system lifts it with the process, however that ends
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"--resume {path}: a live run is using this folder") from None
+        except OSError as error:
+            raise UserError(f"--resume {path}: cannot be written to: {error.strerror}") from None
+
+    def save(self, name: str, content: dict) -> None:
+        try:
+            write_file(self.path / name, content)
+            self.unwritten.discard(name)
+        except OSError as error:
+            if name not in self.unwritten:
+                say(f"{self.path / name}: cannot be written: {error.strerror}; training goes on and tries again")
+            self.unwritten.add(name)
+
+    def open_events(self, args: Args, resumed_at: int | None) -> None:
+        """TensorBoard's events; of a resumed run, those behind its checkpoint are taken back."""
+        self.writer = SummaryWriter(self.path, purge_step=None if resumed_at is None else resumed_at + 1)
+        if resumed_at is None:
+            settings = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+            rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            for summary in hparams(settings, {"charts/episodic_return": 0}):
+                self.writer.file_writer.add_summary(summary)
+
+    def log(self, step: int, **groups: dict) -> None:
+        """Scalars by group and name: `charts={"SPS": 500}` is `charts/SPS`. Without any, writes out those before."""
+        try:
+            for group, scalars in groups.items():
+                for name, value in scalars.items():
+                    if self.writer:
+                        self.writer.add_scalar(f"{group}/{name}", value, step)
+            if self.writer and not groups:
+                self.writer.flush()
+        except Exception as error:  # whatever stopped the writer's thread
+            say(f"{self.path}: no more TensorBoard events: {error}; training goes on")
+            self.writer = None
+
+    def capture_video(self, step: int, epsilon: float) -> None:
+        """Every ten minutes, has evaluate.py record a game; shows it in TensorBoard when it is done."""
+        try:
+            if self.recorder and self.recorder.poll() == 0 and self.writer:
+                gif, self.recorder = self.video.read_bytes(), None
+                width, height = struct.unpack("<HH", gif[6:10])
+                image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
+                summary = Summary(value=[Summary.Value(tag="best_model", image=image)])
+                self.writer.file_writer.add_summary(summary, int(self.video.stem))
+            if time.monotonic() - self.recorded > 600:
+                self.recorded, self.video = time.monotonic(), self.path / "videos" / f"{step}.gif"
+                self.video.parent.mkdir(exist_ok=True)
+                command = [sys.executable, Path(__file__).with_name("evaluate.py"), "--model"]
+                command += [self.path / "best_model.pth", "--episodes", "1", "--device", "cpu", "--show-q"]
+                command += ["--video", self.video, "--epsilon", str(epsilon)]  # an epsilon, to end endless rallies
+                self.recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+                os.setpriority(os.PRIO_PROCESS, self.recorder.pid, 19)  # it gets what training leaves
+        except Exception as error:  # a full disk, a failed writer
+            say(f"{self.video}: not recorded: {error}; training goes on")
+
+    def close(self) -> None:
+        if self.recorder:
+            self.recorder.terminate()  # it leaves a whole video or none
+        with contextlib.suppress(Exception):
+            self.writer.close()
+        self.lock.release()
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
-stop_signals: list[int] = []  # SIGINT or SIGTERM, once one came
-
-
-def say(line: str) -> None:
-    """Prints above the progress bar. Training goes on when nobody reads any more (`| head`, a closed terminal)."""
-    with contextlib.suppress(OSError):
-        tqdm.write(line)
+stop_signals: list[int] = []  # SIGINT, SIGTERM or SIGHUP, once one came
 
 
 def train(args: Args) -> Path:
@@ -593,12 +654,11 @@ def train(args: Args) -> Path:
     rng = np.random.default_rng(args.seed)
     global_step, best, recent, saved = 0, -math.inf, deque(maxlen=100), None
     if args.resume:
-        run_dir = Path(args.resume)
-        lock = lock_run_dir(run_dir)
-        saved = read_file(run_dir / "checkpoint.pth", CHECKPOINT_KEYS)
+        run = RunDir(Path(args.resume))
+        saved = read_file(run.path / "checkpoint.pth", CHECKPOINT_KEYS)
         global_step, best = saved["global_step"], saved["best"]
-        if (run_dir / "best_model.pth").exists():  # it may be younger than the checkpoint
-            best = max(best, read_file(run_dir / "best_model.pth", {"mean_return"})["mean_return"])
+        if (run.path / "best_model.pth").exists():  # it may be younger than the checkpoint
+            best = max(best, read_file(run.path / "best_model.pth", {"mean_return"})["mean_return"])
         recent.extend(saved["recent"])
         rng.bit_generator.state = json.loads(saved["rng"])
 
@@ -628,38 +688,8 @@ def train(args: Args) -> Path:
         return {**about, "mean_return": mean, "network": network.state_dict()}
 
     if not saved:
-        run_dir = make_run_dir(args, checkpoint())
-        lock = lock_run_dir(run_dir)
-    unwritten = set()  # names of files
-
-    def save(name: str, content: dict) -> None:
-        try:
-            write_file(run_dir / name, content)
-            unwritten.discard(name)
-        except OSError as error:
-            if name not in unwritten:
-                say(f"{run_dir / name}: cannot be written: {error.strerror}; training goes on and tries again")
-            unwritten.add(name)
-
-    def log(scalars: dict, step: int) -> None:
-        nonlocal writer
-        try:
-            for tag, value in scalars.items():
-                if writer:
-                    writer.add_scalar(tag, value, step)
-            if writer and not scalars:
-                writer.flush()  # a resumed run continues the curves from its checkpoint on
-        except Exception as error:  # whatever stopped the writer's thread
-            say(f"{run_dir}: no more TensorBoard events: {error}; training goes on")
-            writer = None
-
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)
-    if not saved:
-        settings = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
-        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        for summary in hparams(settings, {"charts/episodic_return": 0}):
-            writer.file_writer.add_summary(summary)
+        run = RunDir(make_run_dir(args, checkpoint()))
+    run.open_events(args, global_step if saved else None)
 
     # One set of buffers for all rollouts: numpy views of the host's tensors, and their twins on the device.
     batch_size, exploration_steps = args.num_envs * args.num_steps, args.exploration_fraction * args.total_timesteps
@@ -669,11 +699,13 @@ def train(args: Args) -> Path:
 
     what = f"Q({args.q_lambda:g})" if args.q_lambda else "TD(0)"
     where = f"{device} in {'bfloat16' if bf16 else 'float32'}"
-    say(f"PQN, {what}, on {args.num_envs} games of {args.env_id} ({args.vec_env}) and {where}: {run_dir}")
+    say(f"PQN, {what}, on {args.num_envs} games of {args.env_id} ({args.vec_env}) and {where}: {run.path}")
     if saved:
-        say(f"resumed at step {global_step:,}; the games start anew")
+        at_end = global_step + batch_size > args.total_timesteps
+        hint = "a higher --total-timesteps goes on" if at_end else "the games start anew"
+        say(f"resumed at step {global_step:,}; {hint}")
     first_step, score, start = global_step, float(np.mean(recent)) if recent else math.nan, time.monotonic()
-    told, checkpointed, recorded, recorder, video = start, start, -math.inf, None, None
+    told, checkpointed = start, start
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     try:
         frames[0] = envs.reset()
@@ -696,7 +728,7 @@ def train(args: Args) -> Path:
                     if "episode" in info:
                         recent.append(info["episode"]["r"])
                         game = {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]}
-                        log({f"charts/{name}": value for name, value in game.items()}, step)
+                        run.log(step, charts=game)
                 terminated[t] = dones & ~truncated[t]
             next_values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
 
@@ -709,7 +741,7 @@ def train(args: Args) -> Path:
             if not_finite:
                 raise UserError(
                     f"step {global_step:,}: a gradient is not finite; the weights were left as they are. "
-                    f"Try --resume {run_dir} with --bf16 off, or a new run with a lower --learning-rate"
+                    f"Try --resume {run.path} with --bf16 off, or a new run with a lower --learning-rate"
                 )
             frames[0] = frames[-1]
             global_step += batch_size
@@ -721,38 +753,15 @@ def train(args: Args) -> Path:
             charts = {"SPS": sps, "epsilon": epsilon, "learning_rate": optimizer.param_groups[0]["lr"]}
             charts["sparse_reward_ratio"] = float((rewards == 0).mean())
             losses = {"td_loss": loss, "current_q": current_q, "target_q": target_q}
-            log({f"charts/{name}": value for name, value in charts.items()}, global_step)
-            log({f"losses/{name}": value for name, value in losses.items()}, global_step)
+            run.log(global_step, charts=charts, losses=losses)
             if len(recent) == recent.maxlen and score > best:
-                save("best_model.pth", model())
-                best = best if "best_model.pth" in unwritten else score
-            if recorder and recorder.poll() == 0 and writer:
-                gif = video.read_bytes()
-                width, height = struct.unpack("<HH", gif[6:10])
-                image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
-                picture = Summary(value=[Summary.Value(tag="best_model", image=image)])
-                with contextlib.suppress(Exception):  # `log` tells when the writer has failed
-                    writer.file_writer.add_summary(picture, int(video.stem))
-                recorder = None
-            if args.capture_video and best > -math.inf and now - recorded > 600:
-                video = run_dir / "videos" / f"{global_step}.gif"
-                video.parent.mkdir(exist_ok=True)
-                command = [
-                    sys.executable,
-                    Path(__file__).with_name("evaluate.py"),
-                    "--episodes",
-                    "1",
-                    "--device",
-                    "cpu",
-                ]
-                command += ["--epsilon", str(args.end_e), "--video", video, "--show-q"]  # epsilon ends endless rallies
-                command += ["--model", run_dir / "best_model.pth"]
-                recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-                os.setpriority(os.PRIO_PROCESS, recorder.pid, 19)  # it gets what training leaves
-                recorded = now
+                run.save("best_model.pth", model())
+                best = best if "best_model.pth" in run.unwritten else score
+            if args.capture_video and best > -math.inf:
+                run.capture_video(global_step, args.end_e)
             if now - checkpointed > 60 * args.checkpoint_minutes:
-                log({}, global_step)
-                save("checkpoint.pth", checkpoint())
+                run.log(global_step)
+                run.save("checkpoint.pth", checkpoint())
                 checkpointed = now
             progress = f"score {score:.1f}, epsilon {epsilon:.3f}, {sps:.0f} steps/s"
             bar.set_postfix_str(progress, refresh=False)
@@ -760,35 +769,33 @@ def train(args: Args) -> Path:
             if bar.disable and now - told > 30:
                 say(f"step {global_step:,}: {progress}")
                 told = now
-        save("checkpoint.pth", checkpoint())
+        run.save("checkpoint.pth", checkpoint())
     except (EOFError, ConnectionError):  # SB3's pipes say so when the process at their other end is gone
-        save("checkpoint.pth", checkpoint())
+        run.save("checkpoint.pth", checkpoint())
         dead = " ".join(str(process.pid) for process in envs.unwrapped.processes if not process.is_alive())
         if not stop_signals:  # else they had the same signal
-            raise UserError(f"environment process {dead} died; go on with --resume {run_dir}") from None
+            raise UserError(f"environment process {dead} died; go on with --resume {run.path}") from None
     finally:
         bar.close()
-        if recorder:
-            recorder.terminate()  # it leaves a whole video or none
         with contextlib.suppress(EOFError, OSError):
             envs.close()
         for process in multiprocessing.active_children():
             process.terminate()
-        with contextlib.suppress(Exception):
-            writer.close()
-        lock.release()
+        run.close()
     if best == -math.inf:  # fewer than 100 games so far
-        save("best_model.pth", model())
-    if unwritten:
-        raise UserError(f"{run_dir}: {' and '.join(sorted(unwritten))} could not be written; those there are older")
+        run.save("best_model.pth", model())
+    if run.unwritten:
+        raise UserError(
+            f"{run.path}: {' and '.join(sorted(run.unwritten))} could not be written; those there are older"
+        )
     minutes = (time.monotonic() - start) / 60
     say(f"step {global_step:,} after {minutes:.1f} minutes: mean of the last {len(recent)} games {score:.1f}")
     if stop_signals:
-        say(f"stopped; to go on: python pqn_breakout.py --resume {run_dir}")
+        say(f"stopped; to go on: python pqn_breakout.py --resume {run.path}")
         sys.exit(128 + stop_signals[0])
-    say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+    say(f"to watch it play: python evaluate.py --model {run.path / 'best_model.pth'}")
     say(f"to see the curves: tensorboard --logdir {args.log_dir}")
-    return run_dir
+    return run.path
 
 
 def request_stop(signum: int, _) -> None:
@@ -801,12 +808,14 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGHUP, request_stop)  # a closed terminal
     try:
         args = parse(Args)
         if args.resume == "":
             raise UserError("--resume: must name the folder of a run")
         if args.resume:
             own = read_file(Path(args.resume, "checkpoint.pth"), CHECKPOINT_KEYS)["args"]
+            own["log_dir"] = str(Path(args.resume).parent)  # a run's folder may have been moved
             args = parse(Args, default=Args(**own))
             for name, value in own.items():
                 if getattr(args, name) != value and name not in RESUMABLE:
