@@ -892,6 +892,34 @@ def test_a_gradient_that_is_not_finite_stops_training_and_keeps_the_last_checkpo
     assert steps_of(run_dir) == [8, 16, 24, 32, 40]
 
 
+def test_a_game_of_the_best_model_is_recorded_and_shown_in_tensorboard(tmp_path):
+    torch.manual_seed(0)
+    args = Args(log_dir=str(tmp_path))
+    run = pqn_breakout.RunDir(pqn_breakout.make_run_dir(args, {}))
+    run.open_events(args, resumed_at=None)
+    about = {"env_id": args.env_id, "num_actions": 4, "global_step": 0, "mean_return": 0.0}
+    run.save("best_model.pth", about | {"network": QNetwork(4).state_dict()})
+    run.capture_video(1000, epsilon=1.0)
+    assert run.recorder.wait(timeout=120) == 0
+    run.capture_video(2000, epsilon=1.0)  # too early for another one, time to show the first
+    run.close()
+    assert [path.name for path in (run.path / "videos").iterdir()] == ["1000.gif"]
+    (shown,) = events_of(run.path).Images("best_model")
+    gif = (run.path / "videos" / "1000.gif").read_bytes()
+    assert shown.step == 1000 and shown.encoded_image_string == gif and gif.startswith(b"GIF89a")
+
+
+def test_a_video_that_cannot_be_recorded_is_told_and_training_goes_on(capsys, tmp_path):
+    args = Args(log_dir=str(tmp_path))
+    run = pqn_breakout.RunDir(pqn_breakout.make_run_dir(args, {}))
+    run.open_events(args, resumed_at=None)
+    (run.path / "videos").write_text("in the way")
+    run.capture_video(1000, epsilon=1.0)
+    run.close()
+    (told,) = capsys.readouterr().out.splitlines()
+    assert "1000.gif: not recorded" in told and "training goes on" in told
+
+
 def test_a_failing_tensorboard_writer_is_told_once_and_training_goes_on(monkeypatch, capsys, tmp_path):
     def fail(*args, **kwargs):
         raise OSError("the writer is gone")
