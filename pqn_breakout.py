@@ -396,7 +396,7 @@ def q_lambda_returns(rewards, next_values, terminated, truncated, gamma: float, 
     """Targets Q(lambda), all arrays or tensors `(num_steps, num_envs)`; `q_lambda=0` is TD(0).
 
     `next_values[t]` is max_a Q(s, a) of the true successor of step t: at a truncation that of the last observation,
-    at a termination it is not used. The recursion (paper, section 4, equation 13) stops at both:
+    at a termination it is not used. The recursion, Peng's Q(lambda) as in the paper's PQN, stops at both:
     R_t = r_t + gamma * (lambda * R_{t+1} + (1 - lambda) * max_a Q(s_{t+1}, a)).
     """
     returns = rewards + gamma * next_values * (terminated == 0)
@@ -464,7 +464,7 @@ def make_rollout(num_steps: int, num_envs: int, pin_memory: bool) -> dict[str, t
 
 
 def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rng, args: Args) -> torch.Tensor:
-    """All updates of one rollout (paper, algorithm 1).
+    """All updates of one rollout: the second half of the paper's PQN algorithm.
 
     `rollout` holds host tensors, `batch` their twins on the network's device (on a CPU the same tensors): uint8
     `frames (num_steps + 1, num_envs, 4, 84, 84)` and, `(num_steps, num_envs)` each, `actions`, `rewards`,
