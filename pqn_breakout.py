@@ -31,9 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Before torch is imported: its idle threads should leave their cores to the emulators and to other programs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -72,7 +69,7 @@ class UserError(Exception):
 
 @dataclass
 class Args:
-    """Train PQN on an Atari game: with TD(0) targets as it stands, with Q(lambda) by --q-lambda 0.9."""
+    """Train PQN on an Atari game: with TD(0) targets as it stands, with Q(lambda) by --q-lambda."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game that ale-py registers
     seed: int = 1  # of the network, the exploration, the minibatches and the games

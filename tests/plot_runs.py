@@ -17,14 +17,15 @@ RANDOM, HUMAN = 1.7, 31.8  # Breakout, Mnih et al. 2015, extended data table 2
 
 
 def score_curve(run_dir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, minutes since the first event, and mean of the last 100 games, at the end of every game of a run."""
+    """Steps, minutes of training (without those between a stop and a resumption), and mean of the last 100 games."""
     events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
     games = events.Scalars("charts/episodic_return")
     returns = np.array([game.value for game in games])
     sums = np.cumsum(np.insert(returns, 0, 0.0))
     ends = np.arange(1, len(returns) + 1)
     starts = np.maximum(ends - 100, 0)
-    minutes = np.array([game.wall_time - events.FirstEventTimestamp() for game in games]) / 60
+    seconds = np.diff([events.FirstEventTimestamp(), *(game.wall_time for game in games)])
+    minutes = np.where(seconds < 300, seconds, 0.0).cumsum() / 60
     return np.array([game.step for game in games]), minutes, (sums[ends] - sums[starts]) / (ends - starts)
 
 
