@@ -94,7 +94,7 @@ class Args:
     log_dir: str = "logs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with, under that run's own arguments
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints
-    capture_video: bool = False  # every ten minutes, record a game of the best model so far: videos/ and TensorBoard
+    capture_video: bool = False  # every 20 minutes, record a game of the best model so far: videos/ and TensorBoard
 
 
 # What may differ when a run is resumed: where and how long it runs, not what it learns.
@@ -604,7 +604,7 @@ class RunDir:
             self.writer = None
 
     def capture_video(self, step: int, epsilon: float) -> None:
-        """Every ten minutes, has evaluate.py record a game; shows it in TensorBoard when it is done."""
+        """Every 20 minutes, has evaluate.py record a game; shows it in TensorBoard when it is done."""
         try:
             if self.recorder and self.recorder.poll() == 0 and self.writer:
                 gif, self.recorder = self.video.read_bytes(), None
@@ -612,7 +612,7 @@ class RunDir:
                 image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
                 summary = Summary(value=[Summary.Value(tag="best_model", image=image)])
                 self.writer.file_writer.add_summary(summary, int(self.video.stem))
-            if time.monotonic() - self.recorded > 600:
+            if time.monotonic() - self.recorded > 1200:
                 self.recorded, self.video = time.monotonic(), self.path / "videos" / f"{step}.gif"
                 self.video.parent.mkdir(exist_ok=True)
                 command = [sys.executable, Path(__file__).with_name("evaluate.py"), "--model"]
