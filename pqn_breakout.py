@@ -8,8 +8,9 @@ Targets are TD(0) by default and Q(lambda) with --q-lambda.
     python evaluate.py              play whole games with the best model
     tensorboard --logdir logs       watch the curves
 
-Measured with one seed each on one core of an AMD EPYC, no GPU (README.md has the commands): a mean true score of 75 over
-30 greedy games with TD(0) after 1,000,000 steps and 78 minutes, of 208 with Q(0.9) after 2,000,000 steps and 52 minutes.
+Measured with one seed each on one core of an AMD EPYC, no GPU (README.md has the commands): a mean true score of 75
+over 30 greedy games with TD(0) after 1,000,000 steps and 78 minutes, of 208 with Q(0.9) after 2,000,000 steps and 52
+minutes.
 """
 
 import contextlib
@@ -324,7 +325,8 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     `reset()` gives uint8 `(num_envs, 4, 84, 84)`; `step()` adds float32 rewards in {-1, 0, 1}, `dones` at every lost
     life and game over, and infos with `lives`, `terminal_observation`, `TimeLimit.truncated`, `episode` (see
     `EpisodicLife`). Game i starts from `seed + i` with up to `noop_max` frames without action. Every `vec_env` shows
-    the same frames, but for the very last of a truncated game; ids with a random frame skip (`Breakout-v4`) need SB3's pipeline and get it.
+    the same frames, but for the very last of a truncated game; ids with a random frame skip (`Breakout-v4`) need SB3's
+    pipeline and get it.
     Raises UserError for an id that is not an Atari game.
     """
     spec = atari_spec(env_id)
