@@ -112,7 +112,7 @@ class Replay:
         self.ale.loadROM(ale_py.roms.get_rom_path(spec.kwargs["game"]))
         self.ale.reset_game()
         self.actions = native.envs.ale.get_action_set()
-        self.frame_skip = 4 if spec.kwargs["frameskip"] == 1 else spec.kwargs["frameskip"]  # as in make_env
+        self.frame_skip = native.frame_skip
         self.frames_left = spec.kwargs["max_num_frames_per_episode"]
         self.score = 0
         self.screens = []

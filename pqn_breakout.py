@@ -180,7 +180,7 @@ class NativeAtariVecEnv(VecEnv):
     """
 
     def __init__(self, spec, num_envs: int, frame_skip: int, noop_max: int, num_threads: int):
-        self.spec = spec
+        self.spec, self.frame_skip = spec, frame_skip
         self.envs = AtariVectorEnv(
             **{**spec.kwargs, "frameskip": frame_skip},
             num_envs=num_envs,

@@ -21,8 +21,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import MadeUpGames
 from filelock import FileLock, Timeout
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnvWrapper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -129,12 +130,12 @@ def on_step(monkeypatch):
     return install
 
 
-class ScoredGames(VecEnv):
+class ScoredGames(MadeUpGames):
     """Games of one step each, which end with the scores they are given, one after the other."""
 
     def __init__(self, num_envs: int, scores):
         self.scores, self.rng = iter(scores), np.random.default_rng(0)
-        super().__init__(num_envs, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(4))
+        super().__init__(num_envs, num_actions=4)
 
     def reset(self):
         return self.rng.integers(0, 256, (self.num_envs, 4, 84, 84), dtype=np.uint8)
@@ -146,21 +147,6 @@ class ScoredGames(VecEnv):
         frames, ones = self.reset(), np.ones(self.num_envs, dtype=np.float32)
         infos = [{"episode": {"r": float(next(self.scores)), "l": 1, "t": 0.0}} for _ in ones]
         return frames, ones, ones.astype(bool), infos
-
-    def close(self):
-        pass
-
-    def get_attr(self, attr_name, indices=None):
-        return [None] * self.num_envs
-
-    def set_attr(self, attr_name, value, indices=None):
-        raise NotImplementedError
-
-    def env_method(self, method_name, *method_args, indices=None, **method_kwargs):
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class, indices=None):
-        return [False] * self.num_envs
 
 
 @pytest.fixture
