@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ from stable_baselines3.common.vec_env import (
 )
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
+from torch.profiler import profile, record_function
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -94,15 +96,18 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes a GPU where there is one
     bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
     num_threads: int = 0  # CPU threads of the network, and of the native environments; 0 is one a core
+    compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on the CPUs it was tried on
     vec_env: Literal["native", "dummy", "subproc"] = "native"  # ALE's own vector environment, or SB3's two
     log_dir: str = "logs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with, under that run's own arguments
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints
+    profile: str | None = None  # write a trace of the second rollout to this .json or .json.gz, for ui.perfetto.dev
     capture_video: bool = False  # every 20 minutes, record a game of the best model so far: videos/ and TensorBoard
 
 
 # What may differ when a run is resumed: where and how long it runs, not what it learns.
-RESUMABLE = {"total_timesteps", "device", "bf16", "num_threads", "resume", "checkpoint_minutes", "capture_video"}
+RESUMABLE = {"total_timesteps", "device", "bf16", "num_threads", "compile", "resume", "checkpoint_minutes"}
+RESUMABLE |= {"profile", "capture_video"}
 CHECKPOINT_KEYS = {"args", "global_step", "network", "optimizer", "best", "recent", "rng"}
 
 
@@ -142,7 +147,19 @@ def check_args(args: Args) -> None:
     if args.total_timesteps < rollout:
         raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {steps}")
     atari_spec(args.env_id)
-    choose_device(args.device)
+    device = choose_device(args.device)
+    if args.profile is not None:
+        path = Path(args.profile)
+        if not path.name.endswith((".json", ".json.gz")) or path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"--profile {args.profile}: must be a .json or .json.gz file in a folder to write in")
+        if args.total_timesteps < 2 * rollout:
+            raise UserError(f"--profile: --total-timesteps must be at least two rollouts, 2 x {rollout} steps")
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(8, device=device))
+        except Exception as error:  # of dynamo, of inductor, of whatever compiler they find
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile: needs a C++ compiler (on CUDA also Triton) here: {reason}") from None
     try:
         Path(args.log_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.log_dir).close()
@@ -443,6 +460,7 @@ class RAdam(torch.optim.Adam):
         group["lr"], group["eps"] = lr, eps
 
 
+@record_function("learning")
 def update(network: QNetwork, optimizer: RAdam, frames, actions, targets, max_grad_norm: float) -> torch.Tensor:
     """One gradient step on the squared TD error of a minibatch; returns its loss, mean Q and mean target."""
     q_values = network(frames).gather(1, actions[:, None]).squeeze(1)
@@ -484,12 +502,13 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
     next_values = batch["next_values"]  # acting has just computed them: good for the first epoch
     statistics = torch.zeros(3, device=device)
     for epoch in range(args.update_epochs):
-        if epoch > 0:
-            next_values = max_q(network, frames[args.num_envs :]).view(args.num_steps, args.num_envs)
-        if final_frames:
-            next_values[where_truncated] = max_q(network, last_observations)
-        ends = batch["terminated"], batch["truncated"]
-        targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
+        with record_function("targets"):
+            if epoch > 0:
+                next_values = max_q(network, frames[args.num_envs :]).view(args.num_steps, args.num_envs)
+            if final_frames:
+                next_values[where_truncated] = max_q(network, last_observations)
+            ends = batch["terminated"], batch["truncated"]
+            targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
         shuffled = torch.from_numpy(rng.permutation(len(actions))).to(device)
         for rows in shuffled.chunk(args.num_minibatches):
             statistics += update(network, optimizer, frames[rows], actions[rows], targets[rows], args.max_grad_norm)
@@ -587,6 +606,7 @@ class RunDir:
 
     def open_events(self, args: Args, resumed_at: int | None) -> None:
         """TensorBoard's events; of a resumed run, those behind its checkpoint are taken back."""
+        threading.excepthook = lambda failure: None  # of the writer's thread; `log` tells about it in one line
         self.writer = SummaryWriter(self.path, purge_step=None if resumed_at is None else resumed_at + 1)
         if resumed_at is None:
             settings = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
@@ -596,8 +616,14 @@ class RunDir:
                 self.writer.file_writer.add_summary(summary)
 
     def log(self, step: int, **groups: dict) -> None:
-        """Scalars by group and name: `charts={"SPS": 500}` is `charts/SPS`. Without any, writes out those before."""
+        """Scalars by group and name: `charts={"SPS": 500}` is `charts/SPS`.
+
+        Without any, writes out those before; where that has failed, goes on in a new file.
+        """
+        known = self.writer is None
         try:
+            if not self.writer and not groups:
+                self.writer = SummaryWriter(self.path)
             for group, scalars in groups.items():
                 for name, value in scalars.items():
                     if self.writer:
@@ -605,7 +631,8 @@ class RunDir:
             if self.writer and not groups:
                 self.writer.flush()
         except Exception as error:  # whatever stopped the writer's thread
-            say(f"{self.path}: no more TensorBoard events: {error}; training goes on")
+            if not known:
+                say(f"{self.path}: no TensorBoard events: {error}; training goes on and tries again")
             self.writer = None
 
     def capture_video(self, step: int, epsilon: float) -> None:
@@ -627,6 +654,15 @@ class RunDir:
                 os.setpriority(os.PRIO_PROCESS, self.recorder.pid, 19)  # it gets what training leaves
         except Exception as error:  # a full disk, a failed writer
             say(f"{self.video}: not recorded: {error}; training goes on")
+
+    def write_profile(self, profiler: profile, path: str) -> None:
+        profiler.stop()
+        try:
+            profiler.export_chrome_trace(path)
+            size = Path(path).stat().st_size / 2**20  # an error where there is no file: the line above only logs it
+            say(f"{path}: the second rollout's trace, {size:.1f} MB; open it at https://ui.perfetto.dev")
+        except Exception as error:  # a full disk
+            say(f"{path}: not written: {error}; training goes on")
 
     def close(self) -> None:
         if self.recorder:
@@ -673,6 +709,8 @@ def train(args: Args) -> Path:
             sys.exit(128 + stop_signals[0])
         raise UserError(f"--vec-env {args.vec_env}: an environment process died at its start") from None
     network = QNetwork(int(envs.action_space.n), bf16).to(device)
+    if args.compile:
+        network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
     optimizer = RAdam(network.parameters(), args.learning_rate, args.weight_decay)
     optimizer.found_inf = torch.zeros((), device=device)
     if saved:
@@ -708,6 +746,7 @@ def train(args: Args) -> Path:
         say(f"resumed at step {global_step:,}; {hint}")
     first_step, score, start = global_step, float(np.mean(recent)) if recent else math.nan, time.monotonic()
     told, checkpointed = start, start
+    profiler = profile() if args.profile else None
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     try:
         frames[0] = envs.reset()
@@ -717,11 +756,12 @@ def train(args: Args) -> Path:
             for t in range(args.num_steps):
                 step = global_step + (t + 1) * args.num_envs
                 epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, step)
-                with torch.no_grad():
+                with torch.no_grad(), record_function("acting"):
                     q_values = network(rollout["frames"][t].to(device, non_blocking=True)).cpu().numpy()
                 next_values[t - 1] = q_values.max(1)  # at t = 0 a place holder, for the last row
                 actions[t] = epsilon_greedy(q_values, epsilon, rng)
-                frames[t + 1], rewards[t], dones, infos = envs.step(actions[t])
+                with record_function("environments"):
+                    frames[t + 1], rewards[t], dones, infos = envs.step(actions[t])
                 for i, info in enumerate(infos):
                     actions[t, i] = info.get("action", actions[t, i])
                     truncated[t, i] = info.get("TimeLimit.truncated", False)
@@ -732,7 +772,8 @@ def train(args: Args) -> Path:
                         game = {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]}
                         run.log(step, charts=game)
                 terminated[t] = dones & ~truncated[t]
-            next_values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
+            with record_function("targets"):
+                next_values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
 
             # Learn from them.
             if args.anneal_lr:
@@ -749,6 +790,10 @@ def train(args: Args) -> Path:
             global_step += batch_size
 
             # Report and save.
+            if profiler and global_step == first_step + batch_size:
+                profiler.start()  # the first rollout was its warm-up
+            elif profiler and global_step == first_step + 2 * batch_size:
+                run.write_profile(profiler, args.profile)
             now = time.monotonic()
             sps = (global_step - first_step) / (now - start)
             score = float(np.mean(recent)) if recent else math.nan
@@ -817,6 +862,8 @@ def main() -> None:
             raise UserError("--resume: must name the folder of a run")
         if args.resume:
             own = read_file(Path(args.resume, "checkpoint.pth"), CHECKPOINT_KEYS)["args"]
+            if unknown := own.keys() - {field.name for field in dataclasses.fields(Args)}:
+                raise UserError(f"--resume {args.resume}: of another version of this program, which had {unknown}")
             own["log_dir"] = str(Path(args.resume).parent)  # a run's folder may have been moved
             args = parse(Args, default=Args(**own))
             for name, value in own.items():

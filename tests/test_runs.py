@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -10,10 +11,12 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -917,6 +920,58 @@ def test_a_failing_tensorboard_writer_is_told_once_and_training_goes_on(monkeypa
     assert checkpoint_of(run_dir)["global_step"] == 40
 
 
+class Traced:
+    """What a trace file holds, by the names of its events: how many there are, and their milliseconds."""
+
+    def __init__(self, path):
+        opened = gzip.open(path) if path.suffix == ".gz" else open(path)
+        with opened as file:
+            events = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        self.counts = Counter(event["name"] for event in events)
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_a_profile_holds_the_parts_of_the_second_rollout(name, capsys, tmp_path):
+    settings = TINY | {"num_envs": 3, "num_minibatches": 2, "total_timesteps": 36, "profile": str(tmp_path / name)}
+    train(Args(**settings, log_dir=str(tmp_path)))
+    counts = Traced(tmp_path / name).counts
+    assert counts["environments"] == counts["acting"] == 4  # num_steps
+    assert counts["learning"] == 4  # update_epochs x num_minibatches
+    assert counts["targets"] == 3  # each epoch, and the last row
+    assert sum(name in line and "perfetto" in line for line in capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_profile_does_not_change_what_is_learned(finished_run, tmp_path):
+    run_dir = train(Args(**TINY, profile=str(tmp_path / "trace.json"), log_dir=str(tmp_path)))
+    assert same(checkpoint_of(run_dir)["network"], checkpoint_of(finished_run)["network"])
+
+
+def test_a_profile_that_cannot_be_written_is_told_and_training_goes_on(on_step, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    on_step(lambda count, envs, rewards: count == 1 and (tmp_path / "gone").rmdir())
+    run_dir = train(Args(**TINY, profile=str(tmp_path / "gone" / "trace.json"), log_dir=str(tmp_path)))
+    assert checkpoint_of(run_dir)["global_step"] == 40
+    assert sum("not written" in line and "goes on" in line for line in capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_network_learns_what_the_plain_one_learns(finished_run, tmp_path):
+    run_dir = train(Args(**TINY, compile=True, log_dir=str(tmp_path)))
+    compiled, plain = checkpoint_of(run_dir)["network"], checkpoint_of(finished_run)["network"]
+    assert list(compiled) == list(plain)
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_compile_is_refused_in_one_line(tmp_path):
+    environ = ENVIRON | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, ROOT / "pqn_breakout.py", *flags(**TINY, log_dir=tmp_path / "logs"), "--compile"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pqn_breakout.py: error: --compile: ") and "compiler" in line
+    assert done.returncode == 1 and not list(tmp_path.glob("logs/*"))
+
+
 def test_training_goes_on_when_nobody_reads_what_it_says(monkeypatch, minutes_a_step, tmp_path):
     class ClosedPipe(io.StringIO):
         def write(self, text):
@@ -967,9 +1022,8 @@ def small_disk(folder):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 @pytest.mark.parametrize("disk", [file_size_limit, small_disk])
-def test_a_full_disk_is_told_once_and_checkpoints_come_again_with_room(on_step, capsys, tmp_path, disk):
+def test_a_full_disk_is_told_once_and_checkpoints_and_curves_come_again_with_room(on_step, capsys, tmp_path, disk):
     seen = []
 
     def hook(count, envs, rewards):
@@ -991,6 +1045,7 @@ def test_a_full_disk_is_told_once_and_checkpoints_come_again_with_room(on_step, 
         lines = capsys.readouterr().out.splitlines()
         assert sum("checkpoint.pth: cannot be written" in line for line in lines) == 1
         assert len(lines) <= 4 + 2  # the usual ones, this one and perhaps one about the curves
+        assert {8, 72, 80} <= set(steps_of(run_dir))
 
 
 @pytest.mark.parametrize("disk", [file_size_limit, small_disk])
@@ -1022,6 +1077,7 @@ WRONG += ["--exploration-fraction 0", "--exploration-fraction 1.5", "--checkpoin
 WRONG += ["--seed -1", "--seed 2147483648", "--num-threads -1", "--bf16 maybe", "--vec-env none", "--gamma"]
 WRONG += ["--device warp", "--device cuda:99", "--device meta", "--device hpu", "--env-id CartPole-v1", "--env-id Pnog"]
 WRONG += ["--log-dir file", "--log-dir file/below", "--frobnicate 3", "--resume nowhere", "surplus"]
+WRONG += ["--profile trace.txt", "--profile nowhere/trace.json", "--profile ''", "--compile 1"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
