@@ -169,11 +169,13 @@ def trainer(settings: dict, steps: int) -> dict:
 
 def peer(name: str, steps: int) -> float:
     """Steps per second of a Stable-Baselines3 algorithm with RL Zoo's Atari settings, on SB3's own pipeline."""
-    import ale_py  # noqa: F401 - it registers the games
+    import ale_py
     from stable_baselines3 import DQN, PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
     class Clock(BaseCallback):
         start = None
@@ -239,7 +241,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ("torch", "ale-py", "stable-baselines3", "gymnasium", "numpy")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    machine = {"cpu": cpu(), "cores": cores, "capabilities": torch.cpu.get_capabilities()}
+    machine = {"cpu": cpu(), "cores": cores, "capabilities": dict(torch.cpu.get_capabilities())}
     figures = {"machine": machine, "versions": versions, "steps": steps, "repeats": repeats}
     print(f"{cpu()}, {cores} cores; {', '.join(f'{name} {number}' for name, number in versions.items())}\n")
 
