@@ -585,7 +585,7 @@ def make_run_dir(args: Args, checkpoint: dict) -> Path:
 class RunDir:
     """A run's folder, kept for this process alone. Nothing that cannot be written into it stops training."""
 
-    def __init__(self, path: Path, purge_step: int | None = None):
+    def __init__(self, path: Path):
         self.path, self.unwritten, self.recorder, self.recorded = path, set(), None, -math.inf
         self.lock = FileLock(path / ".lock")  # the system lifts it with the process, however that ends
         try:
@@ -865,6 +865,7 @@ def main() -> None:
             if unknown := own.keys() - {field.name for field in dataclasses.fields(Args)}:
                 raise UserError(f"--resume {args.resume}: of another version of this program, which had {unknown}")
             own["log_dir"] = str(Path(args.resume).parent)  # a run's folder may have been moved
+            own["profile"] = None  # one trace is enough
             args = parse(Args, default=Args(**own))
             for name, value in own.items():
                 if getattr(args, name) != value and name not in RESUMABLE:

@@ -1,7 +1,7 @@
 """How fast is the trainer, and where does its time go? Prints a table and writes it as JSON.
 
-    python tests/benchmark.py                      everything but the scaling: about a quarter of an hour on two cores
-    python tests/benchmark.py --parts trainer      any of: environments network trainer peers scaling
+    python tests/benchmark.py                      all but the scaling, a quarter of an hour on two cores
+    python tests/benchmark.py --parts trainer      some of: environments network trainer peers scaling
     python tests/benchmark.py --quick              one repeat of few steps, to see that it works
 
 Every measurement runs in a process of its own, leaves out its warm-up, and is repeated in turn with the others of its
@@ -40,7 +40,7 @@ class Options:
 
     parts: tuple[str, ...] = ("environments", "network", "trainer", "peers")  # and scaling
     repeats: int = 3  # of every measurement
-    steps: int = 16384  # environment steps of a whole trainer, behind its warm-up
+    steps: int = 4096  # environment steps of a whole trainer, behind its warm-up
     quick: bool = False  # few steps and one repeat, to see that everything works
     json: Path | None = None  # where the figures go, too; a file in the temporary folder by default
 
@@ -248,8 +248,8 @@ def main() -> None:
     if "environments" in options.parts:
         cases = {}
         for n in (32, 128):
-            cases[f"emulator alone, {n} games"] = (emulator, n, steps, cores)
-            cases[f"native, {n} games"] = (environments, "native", n, steps)
+            cases[f"emulator alone, {n} games"] = (emulator, n, 4 * steps, cores)
+            cases[f"native, {n} games"] = (environments, "native", n, 4 * steps)
         cases["SB3 DummyVecEnv, 32 games"] = (environments, "dummy", 32, steps)
         cases["SB3 SubprocVecEnv, 32 games"] = (environments, "subproc", 32, steps)
         results = figures["environments"] = measure(cases, repeats)

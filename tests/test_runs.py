@@ -938,6 +938,16 @@ def test_a_profile_does_not_change_what_is_learned(finished_run, tmp_path):
     assert same(checkpoint_of(run_dir)["network"], checkpoint_of(finished_run)["network"])
 
 
+def test_a_resumed_run_writes_a_profile_only_when_asked_anew(cli, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    run_dir = train(Args(**TINY, profile=str(first), log_dir=str(tmp_path)))
+    first.unlink()
+    for total, asked in ((80, []), (120, ["--profile", second])):
+        code, *_ = cli("--resume", run_dir, "--total-timesteps", total, *asked)
+        assert code == 0
+    assert second.exists() and not first.exists()
+
+
 def test_a_profile_that_cannot_be_written_is_told_and_training_goes_on(on_step, capsys, tmp_path):
     (tmp_path / "gone").mkdir()
     on_step(lambda count, envs, rewards: count == 1 and (tmp_path / "gone").rmdir())
