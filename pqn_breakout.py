@@ -389,12 +389,13 @@ class QNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        x = frames.contiguous(memory_format=torch.channels_last)
+        x = frames.contiguous(memory_format=torch.channels_last).to(torch.bfloat16 if self.bf16 else torch.float32)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255
-            for conv, ln in ((self.conv1, self.ln1), (self.conv2, self.ln2), (self.conv3, self.ln3)):
-                x = F.relu(ln(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-            x = F.relu(self.ln_fc(self.fc1(x.permute(0, 2, 3, 1).flatten(1))))
+            # The first weights scale the frames to 0..1: a pass less over them, and bfloat16 holds 0..255 exactly.
+            x = F.conv2d(x, self.conv1.weight / 255, self.conv1.bias, self.conv1.stride).permute(0, 2, 3, 1)
+            for ln, conv in ((self.ln1, self.conv2), (self.ln2, self.conv3)):
+                x = conv(F.relu(ln(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = F.relu(self.ln_fc(self.fc1(F.relu(self.ln3(x)).flatten(1))))
         with torch.autocast(frames.device.type, enabled=False):
             return self.fc2(x.float())  # actions differ by less than bfloat16 resolves
 
@@ -495,7 +496,8 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
         if batch[name] is not tensor:
             batch[name].copy_(tensor, non_blocking=True)
     device = batch["frames"].device
-    frames, actions = batch["frames"].flatten(0, 1), batch["actions"].flatten()
+    frames = batch["frames"].flatten(0, 1).permute(0, 2, 3, 1).contiguous()  # channels last, once for all passes
+    actions = batch["actions"].flatten()
     if final_frames:
         where_truncated = tuple(torch.tensor(list(final_frames)).T)
         last_observations = torch.from_numpy(np.stack(list(final_frames.values()))).to(device)
@@ -504,14 +506,15 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
     for epoch in range(args.update_epochs):
         with record_function("targets"):
             if epoch > 0:
-                next_values = max_q(network, frames[args.num_envs :]).view(args.num_steps, args.num_envs)
+                next_values = max_q(network, frames[args.num_envs :].permute(0, 3, 1, 2)).view_as(next_values)
             if final_frames:
                 next_values[where_truncated] = max_q(network, last_observations)
             ends = batch["terminated"], batch["truncated"]
             targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
         shuffled = torch.from_numpy(rng.permutation(len(actions))).to(device)
         for rows in shuffled.chunk(args.num_minibatches):
-            statistics += update(network, optimizer, frames[rows], actions[rows], targets[rows], args.max_grad_norm)
+            minibatch = frames.index_select(0, rows).permute(0, 3, 1, 2), actions[rows], targets[rows]
+            statistics += update(network, optimizer, *minibatch, args.max_grad_norm)
     return torch.cat((statistics / (args.update_epochs * args.num_minibatches), optimizer.found_inf[None]))
 
 
@@ -750,6 +753,16 @@ def train(args: Args) -> Path:
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     try:
         frames[0] = envs.reset()
+        if saved and not at_end:
+            # Scatter the games over all their stages again: learning from 32 first balls at once would set it back.
+            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
+            games_rng = np.random.default_rng(envs_seed)
+            for _ in range(16 * args.num_steps):
+                if stop_signals:
+                    break
+                with torch.no_grad():
+                    q_values = network(rollout["frames"][0].to(device)).cpu().numpy()
+                frames[0] = envs.step(epsilon_greedy(q_values, epsilon, games_rng))[0]
         while global_step + batch_size <= args.total_timesteps and not stop_signals:
             # Play num_steps of every game, epsilon-greedily.
             final_frames = {}

@@ -522,6 +522,20 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(on_step, cli, tmp_path
     assert {int(state["step"]) for state in finished["optimizer"]["state"].values()} == {updates}
 
 
+def test_the_games_of_a_resumed_run_are_scattered_before_anything_is_learned_or_counted(on_step, cli, tmp_path):
+    code, *_ = cli(*flags(**TINY | {"env_id": CUT_BREAKOUT, "log_dir": tmp_path}))
+    (run_dir,) = tmp_path.iterdir()
+    stopped, steps = checkpoint_of(run_dir), []
+    on_step(lambda count, envs, rewards: steps.append(count))
+    code, out, _ = cli("--resume", run_dir, "--total-timesteps", 48)
+    assert code == 0 and steps == list(range(1, 64 + 4 + 1))  # 16 rollouts of 4 steps, and one that is learned from
+    finished = checkpoint_of(run_dir)
+    assert finished["global_step"] == 48 and finished["recent"] == stopped["recent"]  # games end after 60 steps
+    assert steps_of(run_dir) == [8, 16, 24, 32, 40, 48]
+    updates = 48 // 8 * TINY["update_epochs"]
+    assert finished["optimizer"]["param_groups"][0]["steps"] == updates
+
+
 def test_a_resumed_run_takes_up_network_optimizer_and_random_generator(finished_run, tmp_path, monkeypatch):
     """Of the three nothing is left to chance: the first thing that is saved again is what was loaded."""
     before, saved = checkpoint_of(finished_run), []
