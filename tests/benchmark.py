@@ -51,7 +51,7 @@ class Options:
 def emulator(num_envs: int, steps: int, num_threads: int) -> float:
     """Environment steps per second of ALE alone: frames are emulated, but never looked at.
 
-    One process a thread, each with its share of the games, played in turn.
+    One process a thread, each with its share of the games, played in turn, at random and with no-op starts.
     """
     with ProcessPoolExecutor(num_threads, get_context("spawn")) as pool:
         games, share = [num_envs // num_threads] * num_threads, [steps // num_threads] * num_threads
@@ -68,7 +68,8 @@ def emulate(num_games: int, steps: int, seed: int) -> float:
         game.setFloat("repeat_action_probability", 0.0)
         game.loadROM(ale_py.roms.get_rom_path("breakout"))
     actions = games[0].getMinimalActionSet()
-    choices = np.random.default_rng(seed).integers(len(actions), size=(steps // num_games, num_games)).tolist()
+    rng = np.random.default_rng(seed)
+    choices = rng.integers(len(actions), size=(steps // num_games, num_games)).tolist()
     start = time.perf_counter()
     for chosen in choices:
         for game, choice in zip(games, chosen, strict=True):
@@ -76,6 +77,8 @@ def emulate(num_games: int, steps: int, seed: int) -> float:
                 game.act(actions[choice])
             if game.game_over():
                 game.reset_game()
+                for _ in range(rng.integers(1, 31)):
+                    game.act(ale_py.Action.NOOP)
     return num_games * len(choices) / (time.perf_counter() - start)
 
 

@@ -120,9 +120,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 def test_network_normalises_over_channels_at_each_position():
     torch.manual_seed(0)
     network = QNetwork(6)
-    with torch.no_grad():  # an affine part that is not the identity, so that the test sees it
+    with torch.no_grad():  # biases and affine parts that do something, so that the test sees them
         for name, parameter in network.named_parameters():
-            if name.startswith("ln"):
+            if name.startswith("ln") or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     frames = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
     x = frames.double() / 255
