@@ -877,7 +877,8 @@ def main() -> None:
         if args.resume:
             own = read_file(Path(args.resume, "checkpoint.pth"), CHECKPOINT_KEYS)["args"]
             if unknown := own.keys() - {field.name for field in dataclasses.fields(Args)}:
-                raise UserError(f"--resume {args.resume}: of another version of this program, which had {unknown}")
+                options = ", ".join(sorted(unknown))
+                raise UserError(f"--resume {args.resume}: of a version of this program that had options {options}")
             own["log_dir"] = str(Path(args.resume).parent)  # a run's folder may have been moved
             own["profile"] = None  # one trace is enough
             args = parse(Args, default=Args(**own))

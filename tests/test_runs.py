@@ -604,6 +604,22 @@ def test_every_argument_is_either_taken_or_refused():
     assert refused - {"log_dir"} == {*CHANGES, "anneal_lr"}
 
 
+def test_a_run_of_a_version_with_other_options_is_refused_and_one_with_fewer_is_taken(finished_run, cli, tmp_path):
+    for name, change in (("more", {"momentum": 0.9}), ("fewer", {})):
+        copy, content = copy_of(finished_run, tmp_path / name), checkpoint_of(finished_run)
+        content["args"] |= change
+        if not change:
+            del content["args"]["compile"], content["args"]["profile"]
+        write_file(copy / "checkpoint.pth", content)
+        before = snapshot(copy)
+        code, out, err = cli("--resume", copy)
+        if change:
+            assert re.fullmatch(r"pqn_breakout\.py: error: --resume .+ version .+ momentum", code) and out == err == ""
+            assert snapshot(copy) == before
+        else:
+            assert code == 0
+
+
 def test_a_folder_in_use_is_not_resumed_into(finished_run, cli):
     lock = FileLock(finished_run / ".lock")
     with lock:
