@@ -462,34 +462,45 @@ class RAdam(torch.optim.Adam):
 
 
 @record_function("learning")
-def update(network: QNetwork, optimizer: RAdam, frames, actions, targets, max_grad_norm: float) -> torch.Tensor:
-    """One gradient step on the squared TD error of a minibatch; returns its loss, mean Q and mean target."""
-    q_values = network(frames).gather(1, actions[:, None]).squeeze(1)
-    loss = F.mse_loss(q_values, targets)
+def update(network: QNetwork, optimizer: RAdam, frames, actions, targets, max_grad_norm: float):
+    """One gradient step on the squared TD error of a minibatch.
+
+    Returns max_a Q(s, a) of its rows as they were before the step, and its loss, mean Q and mean target.
+    """
+    q_values = network(frames)
+    chosen = q_values.gather(1, actions[:, None]).squeeze(1)
+    loss = F.mse_loss(chosen, targets)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
     # The fused kernel leaves the weights as they are once this is not zero, without waiting for the device to say so.
     optimizer.found_inf = torch.maximum(optimizer.found_inf, (~torch.isfinite(norm)).float())
     optimizer.step()
-    return torch.stack((loss, q_values.mean(), targets.mean())).detach()
+    return q_values.detach().amax(1), torch.stack((loss, chosen.mean(), targets.mean())).detach()
 
 
 def make_rollout(num_steps: int, num_envs: int, pin_memory: bool) -> dict[str, torch.Tensor]:
-    """The host's buffers of a rollout, reused for all of them; one frame more than steps, to bootstrap from."""
-    dtypes = {"actions": torch.int64, "rewards": torch.float32, "next_values": torch.float32}
-    dtypes |= {"terminated": torch.bool, "truncated": torch.bool}
-    frames = torch.zeros((num_steps + 1, num_envs, 4, 84, 84), dtype=torch.uint8, pin_memory=pin_memory)
-    shape = (num_steps, num_envs)
-    return {"frames": frames} | {k: torch.zeros(shape, dtype=v, pin_memory=pin_memory) for k, v in dtypes.items()}
+    """The host's buffers of a rollout, reused for all of them; `frames` and `values` have the last successors, too."""
+    steps, observations = (num_steps, num_envs), (num_steps + 1, num_envs)
+    kinds = {
+        "frames": ((*observations, 4, 84, 84), torch.uint8),
+        "values": (observations, torch.float32),
+        "actions": (steps, torch.int64),
+        "rewards": (steps, torch.float32),
+        "terminated": (steps, torch.bool),
+        "truncated": (steps, torch.bool),
+    }
+    return {name: torch.zeros(size, dtype=kind, pin_memory=pin_memory) for name, (size, kind) in kinds.items()}
 
 
 def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rng, args: Args) -> torch.Tensor:
     """All updates of one rollout: the second half of the paper's PQN algorithm.
 
     `rollout` holds host tensors, `batch` their twins on the network's device, frames channels last: uint8
-    `frames (num_steps + 1, num_envs, 4, 84, 84)` and, `(num_steps, num_envs)` each, `actions`, `rewards`,
-    `next_values`, `terminated`, `truncated`; `final_frames[t, i]` is the last observation of a game truncated there.
+    `frames (num_steps + 1, num_envs, 4, 84, 84)`, their `values (num_steps + 1, num_envs)`, max_a Q(s, a), and,
+    `(num_steps, num_envs)` each, `actions`, `rewards`, `terminated`, `truncated`; `final_frames[t, i]` is the last
+    observation of a game truncated there. Targets are computed before every epoch from the values that acting or the
+    updates of the epoch before have just found, without a pass through the network of their own.
     Returns means of loss, Q and target over the updates, and whether a gradient was not finite.
     """
     for name, tensor in rollout.items():
@@ -499,13 +510,13 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
     if final_frames:
         where_truncated = tuple(torch.tensor(list(final_frames)).T)
         last_observations = torch.from_numpy(np.stack(list(final_frames.values()))).to(device)
-    next_values = batch["next_values"]  # acting has just computed them: good for the first epoch
+    values, next_values = batch["values"], batch["values"][1:]
     statistics = torch.zeros(3, device=device)
     for epoch in range(args.update_epochs):
         with record_function("targets"):
             if epoch > 0:
-                next_values = max_q(network, frames[args.num_envs :]).view_as(next_values)
-            if final_frames:
+                values[-1] = max_q(network, frames[-args.num_envs :])
+            if final_frames:  # their place is that of the next game's first observation, which nothing else needs
                 next_values[where_truncated] = max_q(network, last_observations)
             ends = batch["terminated"], batch["truncated"]
             targets = q_lambda_returns(batch["rewards"], next_values, *ends, args.gamma, args.q_lambda).flatten()
@@ -513,7 +524,9 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
         for rows in shuffled.chunk(args.num_minibatches):
             # Whole rows of memory: `frames[rows]` would take twenty times as long.
             chosen = frames.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-            statistics += update(network, optimizer, chosen, actions[rows], targets[rows], args.max_grad_norm)
+            step = update(network, optimizer, chosen, actions[rows], targets[rows], args.max_grad_norm)
+            values.view(-1)[rows] = step[0]
+            statistics += step[1]
     return torch.cat((statistics / (args.update_epochs * args.num_minibatches), optimizer.found_inf[None]))
 
 
@@ -739,7 +752,7 @@ def train(args: Args) -> Path:
     batch = {name: torch.empty_like(tensor, device=device) for name, tensor in rollout.items()}
     channels_last = torch.empty(args.num_steps + 1, args.num_envs, 84, 84, 4, dtype=torch.uint8, device=device)
     batch["frames"] = channels_last.permute(0, 1, 4, 2, 3)  # as the network takes them, laid out once for all passes
-    frames, actions, rewards, next_values, terminated, truncated = (tensor.numpy() for tensor in rollout.values())
+    frames, values, actions, rewards, terminated, truncated = (tensor.numpy() for tensor in rollout.values())
 
     what = f"Q({args.q_lambda:g})" if args.q_lambda else "TD(0)"
     where = f"{device} in {'bfloat16' if bf16 else 'float32'}"
@@ -772,7 +785,7 @@ def train(args: Args) -> Path:
                 epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, step)
                 with torch.no_grad(), record_function("acting"):
                     q_values = network(rollout["frames"][t].to(device, non_blocking=True)).cpu().numpy()
-                next_values[t - 1] = q_values.max(1)  # at t = 0 a place holder, for the last row
+                values[t] = q_values.max(1)
                 actions[t] = epsilon_greedy(q_values, epsilon, rng)
                 with record_function("environments"):
                     frames[t + 1], rewards[t], dones, infos = envs.step(actions[t])
@@ -787,7 +800,7 @@ def train(args: Args) -> Path:
                         run.log(step, charts=game)
                 terminated[t] = dones & ~truncated[t]
             with record_function("targets"):
-                next_values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
+                values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
 
             # Learn from them.
             if args.anneal_lr:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,47 @@ def test_max_q_is_the_greatest_q_value_however_many_rows():
     network, frames = QNetwork(5), torch.randint(0, 256, (150, 4, 84, 84), dtype=torch.uint8)
     expected = torch.cat([network(row[None]).max(1).values for row in frames[[0, 127, 128, 149]]])
     torch.testing.assert_close(max_q(network, frames)[[0, 127, 128, 149]], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_of_an_epoch_come_from_the_q_values_last_seen(monkeypatch):
+    """Rows by the networks that the updates of the epoch before had; what is no row, by the network at the start."""
+    torch.manual_seed(0)
+    args = Args(num_envs=3, num_steps=4, num_minibatches=3, update_epochs=3, gamma=0.9, q_lambda=0.5)
+    network = QNetwork(4)
+    optimizer = RAdam(network.parameters(), 1e-3)
+    optimizer.found_inf = torch.zeros(())
+    rollout = pqn_breakout.make_rollout(4, 3, pin_memory=False)
+    rollout["frames"].random_(0, 256)
+    rollout["rewards"].normal_()
+    rollout["terminated"][1, 0] = rollout["truncated"][2, 1] = True
+    frames = rollout["frames"].flatten(0, 1)
+    rollout["values"][:] = max_q(network, frames).view(5, 3)
+    final_frames = {(2, 1): np.full((4, 84, 84), 99, np.uint8)}
+
+    real_update, calls = pqn_breakout.update, []
+
+    def update(network, optimizer, chosen, actions, targets, max_grad_norm):
+        rows = [next(i for i in range(12) if torch.equal(frames[i], frame)) for frame in chosen]
+        calls.append((rows, targets, deepcopy(network)))
+        return real_update(network, optimizer, chosen, actions, targets, max_grad_norm)
+
+    monkeypatch.setattr(pqn_breakout, "update", update)
+    batch = {name: tensor.clone() for name, tensor in rollout.items()}
+    pqn_breakout.learn(network, optimizer, rollout, batch, final_frames, np.random.default_rng(0), args)
+
+    assert len(calls) == 9
+    values = rollout["values"].double().numpy()
+    ends = rollout["terminated"].numpy(), rollout["truncated"].numpy()
+    for epoch in range(3):
+        of_epoch = calls[3 * epoch : 3 * epoch + 3]
+        values[4] = max_q(of_epoch[0][2], frames[12:])
+        next_values = values[1:].copy()
+        next_values[2, 1] = max_q(of_epoch[0][2], torch.from_numpy(final_frames[2, 1])[None])
+        expected = returns_by_definition(rollout["rewards"].numpy(), next_values, *ends, 0.9, 0.5).ravel()
+        for rows, targets, snapshot in of_epoch:
+            np.testing.assert_allclose(targets, expected[rows], atol=1e-4)
+            values.ravel()[rows] = max_q(snapshot, frames[rows])
+        assert sorted(row for rows, _, _ in of_epoch for row in rows) == list(range(12))
 
 
 class Corridor(MadeUpGames):
