@@ -512,10 +512,9 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
         last_observations = torch.from_numpy(np.stack(list(final_frames.values()))).to(device)
     values, next_values = batch["values"], batch["values"][1:]
     statistics = torch.zeros(3, device=device)
-    for epoch in range(args.update_epochs):
+    for _ in range(args.update_epochs):
         with record_function("targets"):
-            if epoch > 0:
-                values[-1] = max_q(network, frames[-args.num_envs :])
+            values[-1] = max_q(network, frames[-args.num_envs :])  # neither acting nor updates pass over these
             if final_frames:  # their place is that of the next game's first observation, which nothing else needs
                 next_values[where_truncated] = max_q(network, last_observations)
             ends = batch["terminated"], batch["truncated"]
@@ -524,9 +523,9 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
         for rows in shuffled.chunk(args.num_minibatches):
             # Whole rows of memory: `frames[rows]` would take twenty times as long.
             chosen = frames.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-            step = update(network, optimizer, chosen, actions[rows], targets[rows], args.max_grad_norm)
-            values.view(-1)[rows] = step[0]
-            statistics += step[1]
+            found = update(network, optimizer, chosen, actions[rows], targets[rows], args.max_grad_norm)
+            values.view(-1)[rows], means = found
+            statistics += means
     return torch.cat((statistics / (args.update_epochs * args.num_minibatches), optimizer.found_inf[None]))
 
 
@@ -799,8 +798,6 @@ def train(args: Args) -> Path:
                         game = {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]}
                         run.log(step, charts=game)
                 terminated[t] = dones & ~truncated[t]
-            with record_function("targets"):
-                values[-1] = max_q(network, rollout["frames"][-1].to(device, non_blocking=True)).cpu().numpy()
 
             # Learn from them.
             if args.anneal_lr:
