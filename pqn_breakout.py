@@ -472,8 +472,10 @@ def update(network: QNetwork, optimizer: RAdam, frames, actions, targets, max_gr
     loss = F.mse_loss(chosen, targets)
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
-    # The fused kernel leaves the weights as they are once this is not zero, without waiting for the device to say so.
+    norm = nn.utils.get_total_norm([weight.grad for weight in network.parameters()])
+    # The fused kernel divides the gradient by the first, which clips its norm, and leaves the weights as they are once
+    # the second is not zero, without waiting for the device to say so.
+    optimizer.grad_scale = (norm / max_grad_norm).clamp(min=1)
     optimizer.found_inf = torch.maximum(optimizer.found_inf, (~torch.isfinite(norm)).float())
     optimizer.step()
     return q_values.detach().amax(1), torch.stack((loss, chosen.mean(), targets.mean())).detach()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MadeUpGames
+from torch.nn.utils import parameters_to_vector
 
 import pqn_breakout
 from pqn_breakout import Args, QNetwork, RAdam, epsilon_greedy, linear_schedule, max_q, q_lambda_returns, train
@@ -101,6 +102,30 @@ def test_radam_makes_the_steps_of_torch_radam(weight_decay):
             optimizer.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
     assert (ours - start).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3], ids=["clipped", "not clipped"])
+def test_an_update_is_torch_radam_on_the_clipped_gradient_of_the_squared_error(max_grad_norm):
+    torch.manual_seed(0)
+    ours = QNetwork(3)
+    theirs, start = deepcopy(ours), deepcopy(ours)
+    optimizers = RAdam(ours.parameters(), 0.1), torch.optim.RAdam(theirs.parameters(), 0.1)
+    optimizers[0].found_inf = torch.zeros(())
+    for scale in (1.0, 100.0, 0.1, 10.0):  # gradients of different norms
+        frames = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+        actions, targets = torch.tensor([0, 2, 1, 2]), torch.randn(4) * scale
+        q_values = theirs(frames)
+        chosen = q_values[range(4), actions]
+        loss = ((chosen - targets) ** 2).mean()
+        optimizers[1].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+        optimizers[1].step()
+        values, means = pqn_breakout.update(ours, optimizers[0], frames, actions, targets, max_grad_norm)
+        torch.testing.assert_close(values, q_values.max(1).values, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(means, torch.stack((loss, chosen.mean(), targets.mean())), rtol=1e-3, atol=1e-5)
+    ours, theirs, start = (parameters_to_vector(network.parameters()) for network in (ours, theirs, start))
+    assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
