@@ -12,7 +12,7 @@ def test_the_shares_of_a_trainers_time_make_a_whole():
     assert set(result["shares"]) == {*benchmark.PARTS, "everything else"}
     assert all(0 < share < 1 for share in result["shares"].values())
     assert sum(result["shares"].values()) == pytest.approx(1)
-    assert result["shares"]["learning"] > result["shares"]["acting"]  # 4 epochs forth and back against one forth
+    assert result["shares"]["learning"] > result["shares"]["acting"]  # epochs forth and back against one forth
     assert 10 < result["steps_per_second"] < 100_000 and 100 < result["memory"] < 1500
 
 
