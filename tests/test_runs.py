@@ -959,7 +959,7 @@ def test_a_profile_holds_the_parts_of_the_second_rollout(name, capsys, tmp_path)
     counts = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     assert counts["environments"] == counts["acting"] == 4  # num_steps
     assert counts["learning"] == 4  # update_epochs x num_minibatches
-    assert counts["targets"] == 3  # each epoch, and the last row
+    assert counts["targets"] == 2  # each epoch
     assert sum(name in line and "perfetto" in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
