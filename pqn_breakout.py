@@ -86,7 +86,7 @@ class Args:
     num_minibatches: int = 32  # minibatches that a rollout is cut into
     update_epochs: int = 3  # passes over a rollout; the targets are computed afresh before each
     gamma: float = 0.99  # discount factor
-    q_lambda: float = 0.0  # lambda of the returns that are learned from: 0 is TD(0), 0.65 the recommended Q(lambda)
+    q_lambda: float = 0.0  # lambda of the returns that are learned from: 0 is TD(0), 0.65 the paper's Q(lambda)
     start_e: float = 1.0  # epsilon at the start
     end_e: float = 0.01  # epsilon from the end of the exploration phase on
     exploration_fraction: float = 0.05  # share of total_timesteps in which epsilon falls from start_e to end_e
@@ -501,7 +501,7 @@ def learn(network, optimizer, rollout: dict, batch: dict, final_frames: dict, rn
     `frames (num_steps + 1, num_envs, 4, 84, 84)`, their `values (num_steps + 1, num_envs)`, max_a Q(s, a), and,
     `(num_steps, num_envs)` each, `actions`, `rewards`, `terminated`, `truncated`; `final_frames[t, i]` is the last
     observation of a game truncated there. Targets are computed before every epoch from the values that acting or the
-    updates of the epoch before have just found, without a pass through the network of their own.
+    updates of the epoch before have just found; only the last observations take a pass through the network.
     Returns means of loss, Q and target over the updates, and whether a gradient was not finite.
     """
     for name, tensor in rollout.items():
