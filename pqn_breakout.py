@@ -862,7 +862,8 @@ def train(args: Args) -> Path:
             f"{run.path}: {' and '.join(sorted(run.unwritten))} could not be written; those there are older"
         )
     minutes = (time.monotonic() - start) / 60
-    say(f"step {global_step:,} after {minutes:.1f} minutes: mean of the last {len(recent)} games {score:.1f}")
+    mean = f"mean of the last {len(recent)} games {score:.1f}" if recent else "no game is over yet"
+    say(f"step {global_step:,} after {minutes:.1f} minutes: {mean}")
     if stop_signals:
         say(f"stopped; to go on: python pqn_breakout.py --resume {run.path}")
         sys.exit(128 + stop_signals[0])

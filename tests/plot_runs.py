@@ -2,18 +2,21 @@
 
     python tests/plot_runs.py logs/reference/curves.png "TD(0)=logs/reference/td0/*" "Q(0.3)=logs/reference/q_lambda/*"
 
-Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range. The score is the mean
-of the last 100 training games, as `best_model.pth` is chosen by.
+Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range. Every game gets a row
+of its own. The score is the mean of the last 100 training games, as `best_model.pth` is chosen by.
 """
 
 import glob
+import json
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RANDOM, HUMAN = 1.7, 31.8  # Breakout, Mnih et al. 2015, extended data table 2
+# Random play and a human tester: Mnih et al. 2015, extended data table 2.
+LEVELS = {"Breakout": (1.7, 31.8), "Pong": (-20.7, 9.3), "SpaceInvaders": (148, 1652)}
 
 
 def score_curve(run_dir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -32,25 +35,34 @@ def score_curve(run_dir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def main() -> None:
     if len(sys.argv) < 3 or any("=" not in setting for setting in sys.argv[2:]):
         sys.exit("usage: python tests/plot_runs.py PICTURE.png LABEL=PATTERN...")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for color, setting in zip(plt.colormaps["tab10"].colors, sys.argv[2:], strict=False):
+    games = {}
+    for setting in sys.argv[2:]:
         label, pattern = setting.split("=", 1)
-        curves = [score_curve(run_dir) for run_dir in sorted(glob.glob(pattern))]
-        if not curves:
+        run_dirs = sorted(glob.glob(pattern))
+        if not run_dirs:
             sys.exit(f"{pattern}: no such runs")
-        for axis, column, unit in ((axes[0], 0, 1e6), (axes[1], 1, 1)):
-            x = np.linspace(0, min(curve[column][-1] for curve in curves), 400)
-            scores = np.array([np.interp(x, curve[column], curve[2]) for curve in curves])
-            axis.plot(x / unit, scores.mean(0), color=color, label=label)
-            axis.fill_between(x / unit, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-    axes[0].set(xlabel="million steps (4 frames each)", ylabel="score, mean of the last 100 training games")
-    axes[1].set(xlabel="minutes")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        for level, name in ((RANDOM, "random"), (HUMAN, "human")):
-            axis.axhline(level, color="gray", linewidth=0.8, linestyle=":")
-            axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), color="gray", ha="right", va="bottom")
-    axes[0].legend(frameon=False)
+        env_id = json.loads(Path(run_dirs[0], "args.json").read_text())["env_id"]
+        game = env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-")[0]
+        label += f", {len(run_dirs)} seeds" * (len(run_dirs) > 1)
+        games.setdefault(game, []).append((label, [score_curve(run_dir) for run_dir in run_dirs]))
+    size = {"figsize": (10, 4 * len(games)), "sharey": "row", "squeeze": False, "layout": "constrained"}
+    figure, rows = plt.subplots(len(games), 2, **size)
+    for (game, settings), axes in zip(games.items(), rows, strict=True):
+        for color, (label, curves) in zip(plt.colormaps["tab10"].colors, settings, strict=False):
+            for axis, column, unit in ((axes[0], 0, 1e6), (axes[1], 1, 1)):
+                x = np.linspace(0, min(curve[column][-1] for curve in curves), 400)
+                scores = np.array([np.interp(x, curve[column], curve[2]) for curve in curves])
+                axis.plot(x / unit, scores.mean(0), color=color, label=label)
+                axis.fill_between(x / unit, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+        axes[0].set(xlabel="million steps (4 frames each)", ylabel=f"{game}, mean of the last 100 training games")
+        axes[1].set(xlabel="minutes")
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+            for level, name in zip(LEVELS.get(game, ()), ("random", "human"), strict=False):
+                axis.axhline(level, color="gray", linewidth=0.8, linestyle=":")
+                at = {"xy": (1, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axis.annotate(name, **at, color="gray")
+        axes[0].legend(frameon=False)
     figure.savefig(sys.argv[1], dpi=150)
 
 
