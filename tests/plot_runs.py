@@ -2,8 +2,9 @@
 
     python tests/plot_runs.py logs/reference/curves.png "TD(0)=logs/reference/td0/*" "Q(0.3)=logs/reference/q_lambda/*"
 
-Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range. Every game gets a row
-of its own. The score is the mean of the last 100 training games, as `best_model.pth` is chosen by.
+Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range, over the minutes that
+they took on average. Every game gets a row of its own. The score is the mean of the last 100 training games, as
+`best_model.pth` is chosen by.
 """
 
 import glob
@@ -49,11 +50,12 @@ def main() -> None:
     figure, rows = plt.subplots(len(games), 2, **size)
     for (game, settings), axes in zip(games.items(), rows, strict=True):
         for color, (label, curves) in zip(plt.colormaps["tab10"].colors, settings, strict=False):
-            for axis, column, unit in ((axes[0], 0, 1e6), (axes[1], 1, 1)):
-                x = np.linspace(0, min(curve[column][-1] for curve in curves), 400)
-                scores = np.array([np.interp(x, curve[column], curve[2]) for curve in curves])
-                axis.plot(x / unit, scores.mean(0), color=color, label=label)
-                axis.fill_between(x / unit, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+            steps = np.linspace(0, min(curve[0][-1] for curve in curves), 400)
+            minutes = np.mean([np.interp(steps, curve[0], curve[1]) for curve in curves], axis=0)
+            scores = np.array([np.interp(steps, curve[0], curve[2]) for curve in curves])
+            for axis, x in ((axes[0], steps / 1e6), (axes[1], minutes)):
+                axis.plot(x, scores.mean(0), color=color, label=label)
+                axis.fill_between(x, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
         axes[0].set(xlabel="million steps (4 frames each)", ylabel=f"{game}, mean of the last 100 training games")
         axes[1].set(xlabel="minutes")
         for axis in axes:
