@@ -1,6 +1,7 @@
 """Draws training curves from TensorBoard events: score against steps and against minutes.
 
     python tests/plot_runs.py logs/reference/curves.png "TD(0)=logs/reference/td0/*" "Q(0.3)=logs/reference/q_lambda/*"
+    python tests/plot_runs.py games.png "TD(0)=logs/reference/td0_pong/*" "TD(0)=logs/reference/td0_space_invaders/*"
 
 Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range, over the minutes that
 they took on average. Every game gets a row of its own. The score is the mean of the last 100 training games, as
