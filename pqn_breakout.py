@@ -8,8 +8,8 @@ Targets are TD(0) by default and Q(lambda) with --q-lambda.
     python evaluate.py              play whole games with the best model
     tensorboard --logdir logs       watch the curves
 
-Measured on an AMD EPYC, no GPU, 2,000,000 steps in 62 to 79 minutes: a mean true score of 279 over the last 100 training
-games with TD(0), of 339 with --q-lambda 0.3, three seeds each. README.md has more.
+Measured on an AMD EPYC, no GPU, 2,000,000 steps in 62 to 79 minutes: a mean true score of 279 over the last 100
+training games with TD(0), of 339 with --q-lambda 0.3, three seeds each. README.md has more.
 """
 
 import contextlib
