@@ -1,11 +1,17 @@
 """evaluate.py: whole games with true scores, whatever else runs beside them, and one clear line for each mistake."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -170,6 +176,23 @@ def test_prints_each_game_and_the_statistics(model, run):
     assert sorted(lines) == [f"game {i}: score {r:g}, {n} steps" for i, (r, n) in enumerate(pairs, start=1)]
     assert f"mean {about['mean']:.2f}" in last and f"standard deviation {about['std']:.2f}" in last
     assert f"median {about['median']:g}, min {about['min']:g}, max {about['max']:g}" in last
+
+
+def test_a_terminal_counts_the_steps_below_the_finished_games(tmp_path):
+    model = write_model(tmp_path / "model.pth", BREAKOUT)
+    command = [sys.executable, evaluate.__file__, "--model", model, "--episodes", "1", "--epsilon", "0.3"]
+    reading, writing = pty.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen([*command, "--render", "none"], stdin=writing, stdout=writing, stderr=writing):
+        os.close(writing)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while True:
+                shown += os.read(reading, 4096)
+    os.close(reading)
+    counts = [int(count) for count in re.findall(r"\r(\d+) steps \[", shown.decode())]
+    (steps,) = re.findall(r"\rgame 1: score \d+, (\d+) steps\r\n", shown.decode())
+    assert counts == sorted(counts) and 0 < counts[-1] <= int(steps)
 
 
 def test_json_is_alone_on_stdout(tmp_path):
