@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -277,6 +278,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
     with contextlib.ExitStack() as stack:
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, num_threads=num_threads)
         stack.callback(envs.close)
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # orthogonal matrices on more threads than cores take a minute
         with torch.random.fork_rng(devices=[]):
@@ -576,14 +578,18 @@ def open_run(args: Args, global_step: int):
         write(step=step, summary=Summary(value=values))
 
     write(file_version="brain.Event:2")
-    if args.resume:  # takes back what was written after the checkpoint
-        write(step=global_step + 1, session_log=SessionLog(status=SessionLog.START))
-    else:
-        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-        write(summary=text("hyperparameters", f"|param|value|\n|-|-|\n{rows}"))
     try:
+        if args.resume:  # takes back what was written after the checkpoint
+            write(step=global_step + 1, session_log=SessionLog(status=SessionLog.START))
+        else:
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+            rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+            write(summary=text("hyperparameters", f"|param|value|\n|-|-|\n{rows}"))
         yield run_dir, log
+    except OSError:
+        if not (run_dir / "checkpoint.pth").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     finally:
         lock.release()
         with contextlib.suppress(OSError):
