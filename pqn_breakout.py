@@ -128,18 +128,24 @@ class RAdam(torch.optim.Adam):
     second moment in the first five steps. Both are passed through Adam's `lr` and `eps`.
     """
 
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, lr, weight_decay=weight_decay, fused=True)
+        group = self.param_groups[0]
+        group["steps"] = 0
+        self.scaled_lr = torch.tensor(lr, device=group["params"][0].device)  # a captured graph would read it anew
+
     def step(self) -> None:
         group = self.param_groups[0]
-        group["steps"] = group.get("steps", 0) + 1
+        group["steps"] += 1
         lr, eps, beta2 = group["lr"], group["eps"], group["betas"][1]
         bias2 = 1 - beta2 ** group["steps"]
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * group["steps"] * (1 - bias2) / bias2
         if rho > 5:
             factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-            group["lr"], group["eps"] = lr * factor, eps / math.sqrt(bias2)
+            group["lr"], group["eps"] = self.scaled_lr.fill_(lr * factor), eps / math.sqrt(bias2)
         else:  # sqrt(v) + 1e8 is 1e8: the division by it leaves plain momentum
-            group["lr"], group["eps"] = lr * 1e8, 1e8
+            group["lr"], group["eps"] = self.scaled_lr.fill_(lr * 1e8), 1e8
         super().step()
         group["lr"], group["eps"] = lr, eps
 
@@ -286,7 +292,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             bf16 = args.bf16 == "on" or (args.bf16 == "auto" and has_bf16(device))
             network = QNetwork(int(envs.action_space.n), bf16).to(device)
         torch.set_num_threads(num_threads)
-        optimizer = RAdam(network.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        optimizer = RAdam(network.parameters(), args.learning_rate, args.weight_decay)
         if args.resume:
             saved = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
             global_step = saved["global_step"]
@@ -586,10 +592,10 @@ def open_run(args: Args, global_step: int):
             rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             write(summary=text("hyperparameters", f"|param|value|\n|-|-|\n{rows}"))
         yield run_dir, log
-    except OSError:
+    except OSError as error:
         if not (run_dir / "checkpoint.pth").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(error.filename or run_dir)) from None
     finally:
         lock.release()
         with contextlib.suppress(OSError):
@@ -633,9 +639,9 @@ def parse(args_class, **options):
     except SystemExit as stop:
         if not stop.code:
             raise
-        paragraph = re.search(r"╮(.*?)[─╰]", message.getvalue(), re.DOTALL)[1]  # from the frame's top to its first rule
-        line = " ".join(paragraph.replace("│", " ").split())
-        raise UserError(f"{line.rstrip('.')}; --help lists the options") from None
+        # The message stands between the frame's top and its first rule, in ASCII where the console has nothing else.
+        words = re.split(r"[-─]{4,}", re.sub("[│╭╮╰╯]", " ", message.getvalue()))[1].split()
+        raise UserError(f"{' '.join(words).rstrip('.')}; --help lists the options") from None
 
 
 def read_args() -> Args:
@@ -645,7 +651,7 @@ def read_args() -> Args:
         return args
     own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
     own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
-    own = {name: value for name, value in own.items() if name in vars(args)}  # older runs have had other options
+    own = vars(Args(**{name: value for name, value in own.items() if name in vars(args)}))  # older runs had others
     args = parse(Args, default=Args(**own))
     free = {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}
     for name in own.keys() - free:
@@ -722,6 +728,10 @@ def main(stop: list[int]) -> None:
         if "RANK" in os.environ:  # of torchrun
             dist.init_process_group()
         train(read_args(), stop)
+    except UserError:
+        if int(os.environ.get("RANK", "0")) > 0:  # rank 0 says the same
+            sys.exit(1)
+        raise
     except RuntimeError as error:
         if not dist.is_initialized():
             raise

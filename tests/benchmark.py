@@ -3,6 +3,7 @@
     python tests/benchmark.py                      all but the scaling, a quarter of an hour on two cores
     python tests/benchmark.py --parts trainer      some of: environments network trainer peers scaling
     python tests/benchmark.py --quick              one repeat of few steps, to see that it works
+    python tests/benchmark.py --parts trainer --other ../old      this checkout and another one, in turn
 
 Every measurement runs in a process of its own, leaves out its warm-up, and is repeated in turn with the others of its
 part; the table shows medians (and the range). Nothing else should run on the machine meanwhile.
@@ -13,7 +14,7 @@ import itertools
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -24,14 +25,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 ENV_ID = "BreakoutNoFrameskip-v4"
 CLEANRL = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "q_lambda": 0.65}
 PAPER = {"num_envs": 128, "num_steps": 32, "num_minibatches": 32, "update_epochs": 2, "q_lambda": 0.65}
 SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAPER, "PQN, the defaults": {}}
-PARTS = ("environments", "acting", "targets", "learning")
 
 
 @dataclass
@@ -42,10 +44,11 @@ class Options:
     repeats: int = 3  # of every measurement
     steps: int = 4096  # environment steps of a whole trainer, behind its warm-up
     quick: bool = False  # few steps and one repeat, to see that everything works
+    other: Path | None = None  # folder with another pqn_breakout.py, whose trainer is measured, too
     json: Path | None = None  # where the figures go, too; a file in the temporary folder by default
 
 
-# --- What is measured, each in a process of its own -------------------------------------------------------------------
+# --- What is measured, each in a process of its own ---
 
 
 def emulator(num_envs: int, steps: int, num_threads: int) -> float:
@@ -107,71 +110,65 @@ def network(rows: int, bf16: bool, training: bool) -> float:
     import pqn_breakout
 
     net = pqn_breakout.QNetwork(4, bf16)
-    optimizer = pqn_breakout.RAdam(net.parameters(), 1e-6)
-    optimizer.found_inf = torch.zeros(())
-    frames = torch.randint(0, 256, (rows, 4, 84, 84), dtype=torch.uint8)
-    actions, targets = torch.randint(0, 4, (rows,)), torch.randn(rows)
+    optimizer = pqn_breakout.RAdam(net.parameters(), 1e-6, fused=True)
+    frames = torch.randint(0, 256, (rows, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
+    actions, targets = torch.randint(0, 4, (rows, 1)), torch.randn(rows, 1)
     seconds = []
     for _ in range(60):
         start = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            q_values = net(frames)
         if training:
-            pqn_breakout.update(net, optimizer, frames, actions, targets, 10.0)
-        else:
-            pqn_breakout.max_q(net, frames)
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(q_values.gather(1, actions), targets).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+            optimizer.step()
         seconds.append(time.perf_counter() - start)
     return rows / statistics.median(seconds[10:])
 
 
-class Stopwatch:
-    """Takes the place of `record_function` in the script: sums up the seconds spent under each name."""
-
-    seconds = Counter()
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.seconds[self.name] += time.perf_counter() - self.start
-
-    def __call__(self, function):
-        def timed(*args, **kwargs):
-            with self:
-                return function(*args, **kwargs)
-
-        return timed
-
-
-def trainer(settings: dict, steps: int) -> dict:
-    """The whole trainer behind its first rollout: steps per second, shares of its parts, its peak memory in MB."""
-    import torch.profiler
-
-    torch.profiler.record_function = Stopwatch
+def trainer(settings: dict, steps: int, folder: Path = ROOT) -> dict:
+    """The trainer in `folder` behind its first rollout: steps per second, peak memory in MB, shares of its parts."""
+    sys.path.insert(0, str(folder))
     import pqn_breakout
 
-    ends = []
+    seconds, ends = Counter(), []
 
-    def learn(*args):
-        ends.append((time.perf_counter(), Counter(Stopwatch.seconds)))
-        return learn_for_real(*args)
+    def measure_calls(owner, name: str) -> None:
+        function = getattr(owner, name)
 
-    learn_for_real, pqn_breakout.learn = pqn_breakout.learn, learn
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        args = pqn_breakout.Args(**settings, log_dir=folder)
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            if name == "learn":
+                ends.append((start, Counter(seconds)))
+            result = function(*args, **kwargs)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+
+    measure_calls(pqn_breakout, "learn")
+    if folder == ROOT:
+        measure_calls(pqn_breakout, "play")
+        measure_calls(pqn_breakout, "q_lambda_returns")
+        measure_calls(pqn_breakout.AtariVecEnv, "step")
+    with tempfile.TemporaryDirectory() as log_dir, contextlib.redirect_stdout(None):
+        args = pqn_breakout.Args(**settings, log_dir=log_dir)
         rollout = args.num_envs * args.num_steps
         args.total_timesteps = (1 + max(2, -(-steps // rollout))) * rollout
         pqn_breakout.train(args)
     (start, before), (end, after) = ends[0], ends[-1]
-    shares = {name: (after[name] - before[name]) / (end - start) for name in PARTS}
-    shares["everything else"] = 1 - sum(shares.values())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"steps_per_second": (len(ends) - 1) * rollout / (end - start), "memory": memory, "shares": shares}
+    speed, memory, parts = (len(ends) - 1) * rollout / (end - start), getrusage(RUSAGE_SELF).ru_maxrss / 2**10, {}
+    if folder == ROOT:
+        share = {name: (after[name] - before[name]) / (end - start) for name in after}
+        parts = {"environments": share["step"], "acting": share["play"] - share["step"]}
+        parts |= {"targets": share["q_lambda_returns"], "learning": share["learn"] - share["q_lambda_returns"]}
+        parts["everything else"] = 1 - sum(parts.values())
+    return {"steps_per_second": speed, "memory": memory, "shares": parts}
 
 
-def peer(name: str, steps: int) -> float:
-    """Steps per second of a Stable-Baselines3 algorithm with RL Zoo's Atari settings, on SB3's own pipeline."""
+def peer(name: str, steps: int) -> dict:
+    """The same of a Stable-Baselines3 algorithm with RL Zoo's Atari settings, on SB3's own pipeline."""
     import ale_py
     from stable_baselines3 import DQN, PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -197,10 +194,11 @@ def peer(name: str, steps: int) -> float:
         model = DQN("CnnPolicy", envs, learning_rate=1e-4, target_update_interval=1000, **sizes)
     clock = Clock()
     model.learn(2048 + steps, callback=clock)
-    return (model.num_timesteps - clock.first) / (time.perf_counter() - clock.start)
+    speed = (model.num_timesteps - clock.first) / (time.perf_counter() - clock.start)
+    return {"steps_per_second": speed, "shares": {}, "memory": getrusage(RUSAGE_SELF).ru_maxrss / 2**10}
 
 
-# --- The table --------------------------------------------------------------------------------------------------------
+# --- The table ---
 
 
 def in_process(function, *args):
@@ -219,9 +217,8 @@ def measure(cases: dict, repeats: int) -> dict[str, list]:
 
 def cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return name[1] if name else platform.processor()
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
@@ -244,8 +241,8 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ("torch", "ale-py", "stable-baselines3", "gymnasium", "numpy")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    machine = {"cpu": cpu(), "cores": cores, "capabilities": dict(torch.cpu.get_capabilities())}
-    figures = {"machine": machine, "versions": versions, "steps": steps, "repeats": repeats}
+    figures = {"cpu": cpu(), "cores": cores, "capabilities": dict(torch.cpu.get_capabilities())}
+    figures |= {"versions": versions, "steps": steps, "repeats": repeats}
     print(f"{cpu()}, {cores} cores; {', '.join(f'{name} {number}' for name, number in versions.items())}\n")
 
     if "environments" in options.parts:
@@ -253,57 +250,47 @@ def main() -> None:
         for n in (32, 128):
             cases[f"emulator alone, {n} games"] = (emulator, n, 4 * steps, cores)
             cases[f"native, {n} games"] = (environments, "native", n, 4 * steps)
-        cases["SB3 DummyVecEnv, 32 games"] = (environments, "dummy", 32, steps)
-        cases["SB3 SubprocVecEnv, 32 games"] = (environments, "subproc", 32, steps)
+        cases["SB3's own pipeline, 32 games"] = (environments, "sb3", 32, steps)
         results = figures["environments"] = measure(cases, repeats)
         for name, values in results.items():
             print(f"{name:34}{spread(values, 'steps/s')}")
         for n in (32, 128):
-            ratios = ratio(results[f"native, {n} games"], results[f"emulator alone, {n} games"])
-            print(f"native / emulator, {n} games: {ratios}")
+            pair = results[f"native, {n} games"], results[f"emulator alone, {n} games"]
+            print(f"native / emulator, {n} games: {ratio(*pair)}")
         print()
 
     if "network" in options.parts:
         cases = {}
-        for rows, training in ((32, False), (32, True), (128, False), (128, True)):
-            for bf16 in (False, True):
-                what = "forward + backward + optimizer" if training else "forward"
-                cases[f"{what}, {rows} rows, {'bf16' if bf16 else 'float32'}"] = (network, rows, bf16, training)
+        for rows, training, bf16 in itertools.product((32, 128), (False, True), (False, True)):
+            what = "forward + backward + optimizer" if training else "forward"
+            cases[f"{what}, {rows} rows, {'bf16' if bf16 else 'float32'}"] = (network, rows, bf16, training)
         figures["network"] = measure(cases, repeats)
         for name, values in figures["network"].items():
             print(f"{name:52}{spread(values, 'samples/s')}")
         print()
 
     cases = {}
-    if "trainer" in options.parts:
-        cases |= {name: (trainer, settings, steps) for name, settings in SETTINGS.items()}
+    for name, settings in SETTINGS.items() if "trainer" in options.parts else ():
+        cases[name] = trainer, settings, steps
+        cases |= {f"{name}, other": (trainer, settings, steps, options.other)} if options.other else {}
     if "peers" in options.parts:
         cases |= {f"SB3 {name}, RL Zoo settings": (peer, name, steps) for name in ("PPO", "DQN")}
-    if cases:
-        results = figures["trainers"] = measure(cases, repeats)
-        for name, values in results.items():
-            pqn = name.startswith("PQN")
-            print(f"{name:34}{spread([v['steps_per_second'] if pqn else v for v in values], 'steps/s')}")
-            if pqn:
-                parts = {part: statistics.median(v["shares"][part] for v in values) for part in values[0]["shares"]}
-                print(f"{'':4}" + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
-                print(f"{'':4}peak memory {max(v['memory'] for v in values):,.0f} MB")
-        if {"trainer", "peers"} <= set(options.parts):
-            for name in list(SETTINGS)[:2]:
-                mine = [v["steps_per_second"] for v in results[name]]
-                print(f"{name} / SB3 PPO: {ratio(mine, results['SB3 PPO, RL Zoo settings'])}")
-        print()
-
     if "scaling" in options.parts:
         # The paper's rollouts of 32 steps, learned from twice in minibatches of 128, whatever the number of games.
-        base = {"num_steps": 32, "update_epochs": 2, "q_lambda": 0.65}
-        cases = {}
         for n, threads in itertools.product((8, 32, 128, 512), sorted({1, cores})):
-            settings = base | {"num_envs": n, "num_minibatches": n * 32 // 128, "num_threads": threads}
-            cases[f"{n} games, {threads} threads"] = (trainer, settings, steps)
-        figures["scaling"] = measure(cases, 1)
-        for name, values in figures["scaling"].items():
-            print(f"{name:34}{values[0]['steps_per_second']:8,.0f} steps/s, {values[0]['memory']:,.0f} MB")
+            settings = PAPER | {"num_envs": n, "num_minibatches": n * 32 // 128, "num_threads": threads}
+            cases[f"{n} games, {threads} threads"] = trainer, settings, steps
+    results = figures["trainers"] = measure(cases, repeats)
+    speeds = {name: [value["steps_per_second"] for value in values] for name, values in results.items()}
+    for name, values in results.items():
+        print(f"{name:34}{spread(speeds[name], 'steps/s')}, {max(v['memory'] for v in values):,.0f} MB")
+        parts = {part: statistics.median(v["shares"][part] for v in values) for part in values[0]["shares"]}
+        print(f"{'':4}" + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
+    for name in SETTINGS:
+        for other in ("SB3 PPO, RL Zoo settings", f"{name}, other"):
+            if {name, other} <= set(results):
+                print(f"{name} / {other}: {ratio(speeds[name], speeds[other])}")
+    print()
 
     path = options.json or Path(tempfile.gettempdir(), "pqn_benchmark.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")

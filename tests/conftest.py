@@ -16,6 +16,9 @@ class MadeUpGames(VecEnv):
     def __init__(self, num_envs: int, num_actions: int):
         super().__init__(num_envs, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(num_actions))
 
+    def step_async(self, actions):
+        self.actions = actions.copy()
+
     def close(self):
         pass
 
