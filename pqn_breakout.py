@@ -340,12 +340,12 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             global_step += batch_size
 
             # 3. Report and save.
-            stopping = bool(stop) or (world_size > 1 and os.getppid() != parent)  # torchrun was killed
-            reports = [(stopping, games, [*means, sparse_reward_ratio])] * world_size
+            orphaned = world_size > 1 and os.getppid() != parent  # torchrun was killed
+            reports = [(bool(stop), orphaned, games, [*means, sparse_reward_ratio])] * world_size
             if world_size > 1:
                 dist.all_gather_object(reports, reports[rank])
-            stops, games, means = zip(*reports, strict=True)
-            stopped = any(stops)
+            stops, orphans, games, means = zip(*reports, strict=True)
+            stopped = any(stops + orphans)
             loss, current_q, target_q, norm, sparse_reward_ratio = np.mean(means, axis=0).tolist()
             if not math.isfinite(loss + norm):
                 hint = "go on from the last checkpoint with --bf16 off, or train with a lower --learning-rate"
@@ -373,15 +373,16 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
                     say(f"{error}; training goes on")
                 checkpointed = now
 
-        if rank > 0:
-            return None
-        if best["mean_return"] == -math.inf:  # fewer than 100 games are over
-            best = model(-math.inf)
-        save_run()
-        score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
-        say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
-        say(f"to go on: python pqn_breakout.py --resume {run_dir}" if stopped else "to watch it: python evaluate.py")
-        return run_dir
+        if rank == 0:
+            if best["mean_return"] == -math.inf:  # fewer than 100 games are over
+                best = model(-math.inf)
+            save_run()
+            score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
+            say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
+            say(f"to go on: python pqn_breakout.py --resume {run_dir}" if stopped else "to watch: python evaluate.py")
+        if stopped and any(orphans):
+            raise UserError("torchrun was killed on a machine; all processes have stopped, with a checkpoint")
+        return run_dir if rank == 0 else None
 
 
 # --- Environments ---

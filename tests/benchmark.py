@@ -110,7 +110,7 @@ def network(rows: int, bf16: bool, training: bool) -> float:
     import pqn_breakout
 
     net = pqn_breakout.QNetwork(4, bf16)
-    optimizer = pqn_breakout.RAdam(net.parameters(), 1e-6, fused=True)
+    optimizer = pqn_breakout.RAdam(net.parameters(), 1e-6)
     frames = torch.randint(0, 256, (rows, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
     actions, targets = torch.randint(0, 4, (rows, 1)), torch.randn(rows, 1)
     seconds = []

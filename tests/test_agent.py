@@ -83,7 +83,7 @@ def test_radam_makes_the_steps_of_torch_radam(weight_decay):
     start = torch.randn(40, 30)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     options = {"lr": 1e-2, "weight_decay": weight_decay}
-    optimizers = RAdam([ours], **options, fused=True), torch.optim.RAdam([theirs], **options)
+    optimizers = RAdam([ours], **options), torch.optim.RAdam([theirs], **options)
     for step in range(300):
         gradient = torch.randn(40, 30) * (1 + step % 7)
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -226,7 +226,7 @@ def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_no
     rollout, batch = random_rollout()
     ours = QNetwork(4)
     theirs, start = deepcopy(ours), deepcopy(ours)
-    means = learn(ours, RAdam(ours.parameters(), 0.01, fused=True), rollout, batch, np.random.default_rng(5), args)
+    means = learn(ours, RAdam(ours.parameters(), 0.01), rollout, batch, np.random.default_rng(5), args)
 
     optimizer, rng = torch.optim.RAdam(theirs.parameters(), 0.01), np.random.default_rng(5)
     frames, statistics = rollout.frames.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous(), []
@@ -254,7 +254,7 @@ def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_no
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_single_loss_or_gradient_that_is_not_finite_shows_in_what_learn_returns(broken):
     (rollout, batch), network = random_rollout(), QNetwork(4)
-    optimizer, factors = RAdam(network.parameters(), 1e-9, fused=True), iter([1.0] * 8 + [np.inf])
+    optimizer, factors = RAdam(network.parameters(), 1e-9), iter([1.0] * 8 + [np.inf])
     if broken == "loss":
         rollout.rewards[3, 2] = 1e30  # its square is too much for float32
     else:
@@ -328,6 +328,7 @@ class StandIn(TorchDispatchMode):
         backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
         _setup_privateuseone_for_python_backend("standin", backend_module=backend)
         self.fake, self.received, self.waits = FakeTensorMode(), [], 0
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device=...) makes it here and sends it there
         FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # one copy, as of real tensors
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -337,6 +338,8 @@ class StandIn(TorchDispatchMode):
         if not on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return op(*args, **kwargs)
         args, kwargs = tree_map_only(torch.Tensor, self.to_fake, (args, kwargs))
+        if op is torch.ops.aten._fused_adam_.tensor_lr and kwargs["lr"].device == tensors[0].device:
+            op, kwargs["lr"] = torch.ops.aten._fused_adam_.default, 0.1  # the other has no fake kernel
         with self.fake:
             out = op(*args, **kwargs)
         if "copy" in op.__name__ and tensors[-1].device != out.device:
@@ -345,6 +348,11 @@ class StandIn(TorchDispatchMode):
             if out.device.type != "cpu":
                 self.received.append((str(out.dtype), *out.shape))
         return tree_map_only(FakeTensor, self.to_host, out)
+
+    def counted(self):
+        """What was sent and how often was waited since the last call."""
+        counts, self.received, self.waits = (self.received, self.waits), [], 0
+        return counts
 
     def to_fake(self, tensor):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -360,12 +368,12 @@ def play_and_learn_on_a_stand_in():
     with StandIn() as device:
         with torch.device("standin"):
             network = QNetwork(3)
-        optimizer, batch = RAdam(network.parameters(), 1e-4, fused=True), make_rollout(5, 16, device="standin")
+        optimizer, batch = RAdam(network.parameters(), 1e-4), make_rollout(5, 16, device="standin")
+        device.counted()
         play(network, envs, rollout, [1.0] * 5, 0.9, rng)
-        played = device.received, device.waits, sum(step[4].any() for step in envs.steps)
-        device.received, device.waits = [], 0
+        acting = device.counted()
         learn(network, optimizer, rollout, batch, rng, args)
-    return *played, device.received, device.waits
+    return *acting, sum(step[4].any() for step in envs.steps), *device.counted()
 
 
 def test_an_accelerator_gets_every_buffer_once_and_is_waited_for_when_acting_and_once_a_rollout():
@@ -391,7 +399,7 @@ def test_a_compiled_network_is_not_compiled_anew_however_many_games_are_truncate
     network, args = QNetwork(3), Args(num_envs=16, num_steps=1, num_minibatches=2, update_epochs=1)
     network.compile(backend=backend, dynamic=False)
     envs, rollout, batch = Corridor(), make_rollout(1, 16), make_rollout(1, 16)
-    optimizer, rng = RAdam(network.parameters(), 1e-4, fused=True), np.random.default_rng(0)
+    optimizer, rng = RAdam(network.parameters(), 1e-4), np.random.default_rng(0)
     for _ in range(12):
         play(network, envs, rollout, [1.0], 0.9, rng)
         learn(network, optimizer, rollout, batch, rng, args)
