@@ -212,7 +212,7 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
         values[t] = q.max(1)
         actions[t] = epsilon_greedy(q, epsilon, rng)
         observations, rewards[t], dones[t], infos = envs.step(actions[t])
-        frames[t + 1] = observations.transpose(0, 2, 3, 1)
+        rollout.frames[t + 1] = torch.from_numpy(observations).permute(0, 2, 3, 1)
         num_rewards += np.count_nonzero(rewards[t])
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         if truncated.any():  # a batch of the usual size, or a compiled network would be compiled anew
@@ -240,7 +240,7 @@ def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, batch: Rollout
         with torch.no_grad():
             batch.values[-1] = network(batch.frames[-1].permute(0, 3, 1, 2)).amax(1)
         targets = q_lambda_returns(batch.rewards, batch.values[1:], batch.dones, args.gamma, args.q_lambda).flatten()
-        shuffled = torch.from_numpy(rng.permutation(len(actions))).to(frames.device)
+        shuffled = torch.from_numpy(rng.permutation(len(actions))).to(frames.device, non_blocking=True)
         for rows in shuffled.chunk(args.num_minibatches):
             q_values = network(frames.index_select(0, rows).permute(0, 3, 1, 2))
             chosen = q_values.gather(1, actions[rows, None]).squeeze(1)
@@ -491,7 +491,9 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     spec = atari_spec(env_id)
     frame_skip = spec.kwargs["frameskip"]
     fixed = isinstance(frame_skip, int)
-    if vec_env == "native" and fixed:  # "NoFrameskip" ids leave the skipping of 4 to the preprocessing
+    if vec_env == "native" and not fixed:
+        raise UserError(f"--env-id {env_id}: skips a random number of frames, which needs --vec-env sb3")
+    if vec_env == "native":  # "NoFrameskip" ids leave the skipping of 4 to the preprocessing
         venv = AtariVecEnv(spec, num_envs, 4 if frame_skip == 1 else frame_skip, noop_max, num_threads)
     elif vec_env == "sb3":
         wrapper_kwargs = {"frame_skip": (4 if frame_skip == 1 else frame_skip) if fixed else 1, "noop_max": noop_max}
@@ -499,7 +501,7 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
         venv = make_atari_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs)
         venv = VecTransposeImage(VecFrameStack(venv, 4))
     else:
-        raise UserError(f"--vec-env {vec_env}: must be native, or sb3 (as for {env_id} if its frame skip is random)")
+        raise UserError(f"--vec-env {vec_env}: must be native or sb3")
     venv.seed(seed)
     return venv
 

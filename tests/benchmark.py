@@ -290,11 +290,10 @@ def main() -> None:
         for other in ("SB3 PPO, RL Zoo settings", f"{name}, other"):
             if {name, other} <= set(results):
                 print(f"{name} / {other}: {ratio(speeds[name], speeds[other])}")
-    print()
 
     path = options.json or Path(tempfile.gettempdir(), "pqn_benchmark.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"written to {path}")
+    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":
