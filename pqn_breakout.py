@@ -543,7 +543,7 @@ def load(path: Path, kinds: dict[str, type], network: QNetwork | None = None, op
             if inflated or file.testzip():  # torch.load would not look at the check sums
                 raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
-        fits = all(isinstance(content[name], kind) for name, kind in kinds.items())
+        fits = isinstance(content, dict) and all(isinstance(content[name], kind) for name, kind in kinds.items())
         fits &= all(bool(weight.isfinite().all()) for weight in content["network"].values())
         if network:
             network.load_state_dict(content["network"])
