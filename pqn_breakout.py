@@ -256,6 +256,21 @@ def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, batch: Rollout
 
 
 # --- Training ---
+def make_agent(args: Args, num_actions: int, device: torch.device) -> tuple[QNetwork, RAdam]:
+    """Network and optimizer at the start of a training, the same for a seed on every machine."""
+    bf16 = args.bf16 == "on"
+    if args.bf16 == "auto" and device.type == "cpu":
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    elif args.bf16 == "auto" and device.type == "cuda":  # not where it is emulated, slowly
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(args.seed)
+        network = QNetwork(num_actions, bf16).to(device)
+    if args.compile:
+        network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    return network, RAdam(network.parameters(), args.learning_rate, args.weight_decay)
+
+
 def train(args: Args, stop: list | tuple = ()) -> Path | None:
     """Trains as `args` say, or until `stop` holds something; returns the run's folder. Raises UserError or OSError.
 
@@ -266,13 +281,10 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_envs, batch_size = args.num_envs // world_size, args.num_envs * args.num_steps
     exploration_steps = args.exploration_fraction * args.total_timesteps
+    final_lr = 0.0 if args.anneal_lr else args.learning_rate
     device, parent = choose_device(args.device), os.getppid()
     num_threads = args.num_threads or max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     global_step, recent, best = 0, deque(maxlen=100), {"mean_return": -math.inf}
-
-    def model(mean_return: float) -> dict:
-        weights = {name: weight.clone() for name, weight in network.state_dict().items()}
-        return {"env_id": args.env_id, "global_step": global_step, "mean_return": mean_return, "network": weights}
 
     def save_run() -> None:
         if "network" in best:
@@ -287,20 +299,14 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # orthogonal matrices on more threads than cores take a minute
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(args.seed)
-            bf16 = args.bf16 == "on" or (args.bf16 == "auto" and has_bf16(device))
-            network = QNetwork(int(envs.action_space.n), bf16).to(device)
+        network, optimizer = make_agent(args, int(envs.action_space.n), device)
         torch.set_num_threads(num_threads)
-        optimizer = RAdam(network.parameters(), args.learning_rate, args.weight_decay)
         if args.resume:
             saved = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
             global_step = saved["global_step"]
             recent.extend(saved["recent"])
             if Path(args.resume, "best_model.pth").exists():
                 best = load(Path(args.resume, "best_model.pth"), MODEL)
-        if args.compile:
-            network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
         # DistributedDataParallel averages the gradients of all processes while the backward pass computes them.
         learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
         rollout = make_rollout(args.num_steps, num_envs, pin_memory=device.type == "cuda")
@@ -309,8 +315,12 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
         if rank == 0:
             run_dir, log = stack.enter_context(open_run(args, global_step))
             save_run()
-            where = f"{world_size} x {device}, {'bfloat16' if bf16 else 'float32'}"
-            say(f"{args.num_envs} games of {args.env_id} on {where}, epsilon {epsilon:.3f}: {run_dir}")
+            where = f"{world_size} x {device} in {'bfloat16' if network.bf16 else 'float32'}"
+            say(f"PQN on {args.num_envs} games of {args.env_id}, {where}: {run_dir}")
+            if args.resume:
+                lr = linear_schedule(args.learning_rate, final_lr, args.total_timesteps, global_step)
+                at = f"step {global_step:,} of {args.total_timesteps:,}, epsilon {epsilon:.3f}, learning rate {lr:.2g}"
+                say(f"resumed at {at}; the games start anew")
 
         # Game i has the same seed whatever process plays it. A resumed run starts other games than it has played.
         first_seed = int(np.random.default_rng([args.seed, global_step]).integers(2**31))
@@ -332,9 +342,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             games, sparse_reward_ratio = play(network, envs, rollout, epsilons, args.gamma, rng)
 
             # 2. Learn from them.
-            lr = args.learning_rate
-            if args.anneal_lr:
-                lr = linear_schedule(lr, 0.0, args.total_timesteps, global_step)
+            lr = linear_schedule(args.learning_rate, final_lr, args.total_timesteps, global_step)
             optimizer.param_groups[0]["lr"] = lr
             means = learn(learner, optimizer, rollout, batch, rng, args)
             global_step += batch_size
@@ -362,7 +370,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             losses = {"td_loss": loss, "current_q": current_q, "target_q": target_q}
             log(global_step, charts=charts, losses=losses)
             if len(recent) == recent.maxlen and score > best["mean_return"]:
-                best = model(score)
+                best = model_of(network, args.env_id, global_step, score)
             if now - reported > 30:
                 say(f"step {global_step:,}: score {score:.1f}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s")
                 reported = now
@@ -375,7 +383,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
 
         if rank == 0:
             if best["mean_return"] == -math.inf:  # fewer than 100 games are over
-                best = model(-math.inf)
+                best = model_of(network, args.env_id, global_step, -math.inf)
             save_run()
             score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
             say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
@@ -517,6 +525,12 @@ class UserError(Exception):
     """Something the user can mend, told in one line."""
 
 
+def model_of(network: QNetwork, env_id: str, global_step: int, mean_return: float) -> dict:
+    """What best_model.pth holds: a copy of the weights, and what they are of."""
+    weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+    return {"env_id": env_id, "global_step": global_step, "mean_return": mean_return, "network": weights}
+
+
 def save(path: Path, content: dict) -> None:
     """Writes beside `path` and renames over it: at every instant a whole file is there. Raises OSError."""
     data, beside = io.BytesIO(), path.with_name(path.name + ".new")
@@ -624,13 +638,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise UserError(f"--device {name}: no such device on this machine; cpu and auto always work") from None
     return device
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16; emulated it would be slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def parse(args_class, **options):
