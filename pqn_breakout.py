@@ -387,7 +387,6 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             save_run()
             score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
             say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
-            say(f"to go on: python pqn_breakout.py --resume {run_dir}" if stopped else "to watch: python evaluate.py")
         if stopped and any(orphans):
             raise UserError("torchrun was killed on a machine; all processes have stopped, with a checkpoint")
         return run_dir if rank == 0 else None
@@ -506,7 +505,10 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     elif vec_env == "sb3":
         wrapper_kwargs = {"frame_skip": (4 if frame_skip == 1 else frame_skip) if fixed else 1, "noop_max": noop_max}
         env_kwargs = {"frameskip": 1 if fixed else frame_skip}
-        venv = make_atari_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs)
+        try:
+            venv = make_atari_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs)
+        except AssertionError:  # of wrappers that rely on NOOP and FIRE being the first actions
+            raise UserError(f"--env-id {env_id}: has other actions than --vec-env sb3 relies on") from None
         venv = VecTransposeImage(VecFrameStack(venv, 4))
     else:
         raise UserError(f"--vec-env {vec_env}: must be native or sb3")
@@ -737,7 +739,11 @@ def main(stop: list[int]) -> None:
     try:
         if "RANK" in os.environ:  # of torchrun
             dist.init_process_group()
-        train(read_args(), stop)
+        run_dir = train(read_args(), stop)
+        if run_dir and stop:
+            say(f"to go on: python pqn_breakout.py --resume {run_dir}")
+        elif run_dir:
+            say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
     except UserError:
         if int(os.environ.get("RANK", "0")) > 0:  # rank 0 says the same
             sys.exit(1)
