@@ -497,13 +497,15 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     """
     spec = atari_spec(env_id)
     frame_skip = spec.kwargs["frameskip"]
+    if frame_skip == 1:  # "NoFrameskip" leaves the skipping to the preprocessing: 4, by convention
+        frame_skip = 4
     fixed = isinstance(frame_skip, int)
     if vec_env == "native" and not fixed:
         raise UserError(f"--env-id {env_id}: skips a random number of frames, which needs --vec-env sb3")
-    if vec_env == "native":  # "NoFrameskip" ids leave the skipping of 4 to the preprocessing
-        venv = AtariVecEnv(spec, num_envs, 4 if frame_skip == 1 else frame_skip, noop_max, num_threads)
+    if vec_env == "native":
+        venv = AtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads)
     elif vec_env == "sb3":
-        wrapper_kwargs = {"frame_skip": (4 if frame_skip == 1 else frame_skip) if fixed else 1, "noop_max": noop_max}
+        wrapper_kwargs = {"frame_skip": frame_skip if fixed else 1, "noop_max": noop_max}
         env_kwargs = {"frameskip": 1 if fixed else frame_skip}
         try:
             venv = make_atari_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs)
