@@ -29,14 +29,12 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import zipfile
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -56,7 +54,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
-from torch.utils.tensorboard.summary import text
+
+# Types of arguments, with the least and the greatest value.
+Count = Annotated[int, (1, 10**15)]
+Share = Annotated[float, (0, 1)]
+Size = Annotated[float, (1e-9, 1e9)]
 
 
 @dataclass
@@ -64,29 +66,28 @@ class Args:
     """Train PQN on an Atari game: TD(0) by default, Q(lambda) by --q-lambda 0.3 --gamma 0.995 --update-epochs 2."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game that ale-py registers
-    seed: int = 1  # of the network, the exploration, the minibatches and the games
-    total_timesteps: int = 2_000_000  # environment steps to train for, all games together (a step is 4 frames)
-    learning_rate: float = 2.5e-4  # step size of the optimizer, RAdam
+    seed: Annotated[int, (0, 2**31 - 1)] = 1  # of the network, the exploration, the minibatches and the games
+    total_timesteps: Count = 2_000_000  # environment steps to train for, all games together (a step is 4 frames)
+    learning_rate: Size = 2.5e-4  # step size of the optimizer, RAdam
     anneal_lr: bool = True  # lower the learning rate linearly to zero over the training
-    num_envs: int = 32  # games played in parallel, by all processes together
-    num_steps: int = 32  # steps of each game in a rollout
-    num_minibatches: int = 32  # minibatches that a rollout is cut into
-    update_epochs: int = 3  # passes over a rollout; the targets are computed afresh before each
-    gamma: float = 0.99  # discount factor
-    q_lambda: float = 0.0  # lambda of the returns: 0 is TD(0), recommended is 0.3 with gamma 0.995, 2 epochs
-    start_e: float = 1.0  # epsilon at the start
-    end_e: float = 0.01  # epsilon from the end of the exploration phase on
-    exploration_fraction: float = 0.05  # share of total_timesteps in which epsilon falls from start_e to end_e
-    max_grad_norm: float = 10.0  # gradients are clipped to this norm
-    weight_decay: float = 0.0  # l2 regularisation of the weights; 0 is none
+    num_envs: Count = 32  # games played in parallel, by all processes together
+    num_steps: Count = 32  # steps of each game in a rollout
+    num_minibatches: Count = 32  # minibatches that a rollout is cut into
+    update_epochs: Count = 3  # passes over a rollout; the targets are computed afresh before each
+    gamma: Share = 0.99  # discount factor
+    q_lambda: Share = 0.0  # lambda of the returns: 0 is TD(0), recommended is 0.3 with gamma 0.995, 2 epochs
+    start_e: Share = 1.0  # epsilon at the start
+    end_e: Share = 0.01  # epsilon from the end of the exploration phase on
+    exploration_fraction: Annotated[float, (1e-9, 1)] = 0.05  # share of total_timesteps until epsilon is at end_e
+    max_grad_norm: Size = 10.0  # gradients are clipped to this norm
     device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes an accelerator where there is one
     bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
-    num_threads: int = 0  # CPU threads of a process; 0 is its share of the cores
+    num_threads: Annotated[int, (0, 1024)] = 0  # CPU threads of a process; 0 is its share of the cores
     compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on the CPUs it was tried on
     vec_env: Literal["native", "sb3"] = "native"  # ALE's own vector environment, or Stable-Baselines3's pipeline
     log_dir: str = "logs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with, under that run's own arguments
-    checkpoint_minutes: float = 5.0  # minutes between two checkpoints
+    checkpoint_minutes: Size = 5.0  # minutes between two checkpoints
 
 
 # --- The algorithm ---
@@ -113,7 +114,7 @@ class QNetwork(nn.Module):
         x = frames.contiguous(memory_format=torch.channels_last).to(torch.bfloat16 if self.bf16 else torch.float32)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             # The first weights scale the frames to 0..1: a pass less over them, and bfloat16 holds 0..255 exactly.
-            x = F.conv2d(x, self.conv1.weight / 255, self.conv1.bias, self.conv1.stride).permute(0, 2, 3, 1)
+            x = F.conv2d(x, self.conv1.weight / 255, self.conv1.bias, stride=4).permute(0, 2, 3, 1)
             for ln, conv in ((self.ln1, self.conv2), (self.ln2, self.conv3)):
                 x = conv(F.relu(ln(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             x = F.relu(self.ln_fc(self.fc1(F.relu(self.ln3(x)).flatten(1))))
@@ -122,32 +123,26 @@ class QNetwork(nn.Module):
 
 
 class RAdam(torch.optim.Adam):
-    """Rectified Adam (Liu et al., ICLR 2020), as `torch.optim.RAdam`, on PyTorch's fused Adam kernel.
+    """Rectified Adam (Liu et al., ICLR 2020), as `torch.optim.RAdam`, on the fused kernel of PyTorch's Adam."""
 
-    It is Adam with a factor on the step size that depends on the step count alone, and without the division by the
-    second moment in the first five steps. Both are passed through Adam's `lr` and `eps`.
-    """
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        super().__init__(params, lr, weight_decay=weight_decay, fused=True)
+    def __init__(self, params):
+        super().__init__(params, fused=True)
         group = self.param_groups[0]
-        group["steps"] = 0
-        self.scaled_lr = torch.tensor(lr, device=group["params"][0].device)  # a captured graph would read it anew
+        group["lr"] = torch.tensor(0.0, device=group["params"][0].device)  # graphs that capture a step read it anew
 
-    def step(self) -> None:
+    def step(self, lr: float) -> None:
         group = self.param_groups[0]
-        group["steps"] += 1
-        lr, eps, beta2 = group["lr"], group["eps"], group["betas"][1]
-        bias2 = 1 - beta2 ** group["steps"]
+        t = group["steps"] = group.get("steps", 0) + 1
+        beta2 = group["betas"][1]
+        bias2 = 1 - beta2**t
         rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * group["steps"] * (1 - bias2) / bias2
+        rho = rho_inf - 2 * t * (1 - bias2) / bias2
+        factor, group["eps"] = 1e8, 1e8  # sqrt(v) + 1e8 is 1e8: the first five steps are plain momentum
         if rho > 5:
             factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-            group["lr"], group["eps"] = self.scaled_lr.fill_(lr * factor), eps / math.sqrt(bias2)
-        else:  # sqrt(v) + 1e8 is 1e8: the division by it leaves plain momentum
-            group["lr"], group["eps"] = self.scaled_lr.fill_(lr * 1e8), 1e8
+            group["eps"] = 1e-8 / math.sqrt(bias2)
+        group["lr"].fill_(lr * factor)
         super().step()
-        group["lr"], group["eps"] = lr, eps
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
@@ -163,10 +158,9 @@ def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng: np.random.Generato
 
 
 def q_lambda_returns(rewards, next_values, dones, gamma: float, q_lambda: float):
-    """Targets, Peng's Q(lambda) as in the paper, of arrays or tensors `(num_steps, num_envs)`.
+    """The targets R_t of the equation above, Peng's Q(lambda), of arrays or tensors `(num_steps, num_envs)`.
 
-    `next_values[t]` is max_a Q(s_{t+1}, a), not used where step t ends an episode. R_t = r_t at the end of an episode,
-    elsewhere R_t = r_t + gamma * ((1 - lambda) * max_a Q(s_{t+1}, a) + lambda * R_{t+1}).
+    `next_values[t]` is max_a Q(s_{t+1}, a), not used where step t ends an episode.
     """
     returns = rewards + gamma * next_values * (dones == 0)
     for t in range(len(rewards) - 2, -1, -1):
@@ -174,166 +168,153 @@ def q_lambda_returns(rewards, next_values, dones, gamma: float, q_lambda: float)
     return returns
 
 
-class Rollout(NamedTuple):
-    """Buffers for a rollout, used for all of them; `frames` and `values` have the last successors, too."""
+class Rollout:
+    """Buffers for a rollout; `frames` and `values` have the states after its last step, too."""
 
-    frames: torch.Tensor  # uint8 (num_steps + 1, num_envs, 84, 84, 4): channels last, as convolutions like them
-    values: torch.Tensor  # float32 (num_steps + 1, num_envs): max_a Q(s, a)
-    actions: torch.Tensor  # int64 (num_steps, num_envs)
-    rewards: torch.Tensor  # float32 (num_steps, num_envs)
-    dones: torch.Tensor  # bool (num_steps, num_envs): ends of episodes
-
-
-def make_rollout(num_steps: int, num_envs: int, **options) -> Rollout:
-    frames = torch.zeros(num_steps + 1, num_envs, 84, 84, 4, dtype=torch.uint8, **options)
-    values, rewards = (torch.zeros(steps, num_envs, **options) for steps in (num_steps + 1, num_steps))
-    actions, dones = (torch.zeros(num_steps, num_envs, dtype=kind, **options) for kind in (torch.int64, torch.bool))
-    return Rollout(frames, values, actions, rewards, dones)
+    def __init__(self, num_steps: int, num_envs: int):
+        self.frames = np.zeros((num_steps + 1, num_envs, 84, 84, 4), np.uint8)  # channels last, as convolutions like it
+        self.values = np.zeros((num_steps + 1, num_envs), np.float32)  # max_a Q(s, a)
+        self.actions = np.zeros((num_steps, num_envs), np.int64)
+        self.rewards = np.zeros((num_steps, num_envs), np.float32)
+        self.dones = np.zeros((num_steps, num_envs), bool)  # ends of episodes
 
 
 @torch.no_grad()
 def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma: float, rng):
     """Plays a step of every game for each of `epsilons` and fills `rollout`, from where it ended before.
 
-    A truncated game is bootstrapped here: gamma * max_a Q(last observation) goes into its last reward, and it counts as
-    terminated. Returns the games that were over, as (t, true score, length), and the share of steps without reward.
+    A truncated game is bootstrapped: gamma * max_a Q(last observation) joins its last reward, and it counts as over.
+    Returns the finished games as (t, true score, length), and the share of steps without reward.
     """
-    frames, values, actions, rewards, dones = (buffer.numpy() for buffer in rollout)
     device = next(network.parameters()).device
+    frames, rewards, games, num_rewards = rollout.frames, rollout.rewards, [], 0
 
-    def q_values(states: torch.Tensor) -> np.ndarray:
-        # .cpu() waits for the device: the next step may overwrite what was copied to it.
-        return network(states.to(device, non_blocking=True).permute(0, 3, 1, 2)).cpu().numpy()
+    def q_values(states: np.ndarray) -> np.ndarray:
+        states = torch.from_numpy(states).to(device, non_blocking=True)
+        return network(states.permute(0, 3, 1, 2)).cpu().numpy()  # waits: the next step may overwrite the states
 
-    games, num_rewards = [], 0
     frames[0] = frames[-1]
     for t, epsilon in enumerate(epsilons):
-        q = q_values(rollout.frames[t])
-        values[t] = q.max(1)
-        actions[t] = epsilon_greedy(q, epsilon, rng)
-        observations, rewards[t], dones[t], infos = envs.step(actions[t])
-        rollout.frames[t + 1] = torch.from_numpy(observations).permute(0, 2, 3, 1)
+        q = q_values(frames[t])
+        rollout.values[t] = q.max(1)
+        actions = epsilon_greedy(q, epsilon, rng)
+        observations, rewards[t], rollout.dones[t], infos = envs.step(actions)
+        torch.from_numpy(frames[t + 1]).copy_(torch.from_numpy(observations).permute(0, 2, 3, 1))  # numpy is slower
         num_rewards += np.count_nonzero(rewards[t])
-        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
-        if truncated.any():  # a batch of the usual size, or a compiled network would be compiled anew
+        truncated = [i for i, info in enumerate(infos) if info.get("TimeLimit.truncated")]
+        if truncated:  # all games, or a compiled network would be compiled anew for every number of them
             last = frames[t + 1].copy()
-            last[truncated] = [infos[i]["terminal_observation"].transpose(1, 2, 0) for i in np.flatnonzero(truncated)]
-            rewards[t] += gamma * truncated * q_values(torch.from_numpy(last)).max(1)
-        for i, info in enumerate(infos):
-            actions[t, i] = info.get("action", actions[t, i])  # what was really played
-            if "episode" in info:
-                games.append((t, info["episode"]["r"], info["episode"]["l"]))
+            last[truncated] = [infos[i]["terminal_observation"].transpose(1, 2, 0) for i in truncated]
+            rewards[t, truncated] += gamma * q_values(last).max(1)[truncated]
+        rollout.actions[t] = [info.get("action", actions[i]) for i, info in enumerate(infos)]  # what was played
+        games += [(t, info["episode"]["r"], info["episode"]["l"]) for info in infos if "episode" in info]
     return games, 1 - num_rewards / rewards.size
 
 
-def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, batch: Rollout, rng, args: Args) -> list[float]:
-    """All updates of one rollout; `batch` has its buffers' twins on the network's device.
+def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args) -> list[float]:
+    """All updates of a rollout, whose `values` are used up.
 
-    The targets of an epoch come from the Q-values of acting or of the epoch before: only the last states take a pass of
-    their own. Returns means of loss, Q, target and the gradient's norm before clipping; not finite if one ever was not.
+    Every epoch has new targets, from the Q-values of acting or of the epoch before: only the last states take a pass
+    of their own. Returns means of loss, Q, target and gradient norm before clipping: not finite if one ever was not.
     """
-    for ours, theirs in zip(batch, rollout, strict=True):
-        ours.copy_(theirs, non_blocking=True)
-    frames, actions = batch.frames.flatten(0, 1), batch.actions.flatten()
-    statistics = torch.zeros(4, device=frames.device)
+    device = next(network.parameters()).device
+    buffers = map(torch.from_numpy, vars(rollout).values())
+    frames, values, actions, rewards, dones = (buffer.to(device, non_blocking=True) for buffer in buffers)
+    states, statistics = frames[:-1].flatten(0, 1), torch.zeros(4, device=device)
     for _ in range(args.update_epochs):
         with torch.no_grad():
-            batch.values[-1] = network(batch.frames[-1].permute(0, 3, 1, 2)).amax(1)
-        targets = q_lambda_returns(batch.rewards, batch.values[1:], batch.dones, args.gamma, args.q_lambda).flatten()
-        shuffled = torch.from_numpy(rng.permutation(len(actions))).to(frames.device, non_blocking=True)
+            values[-1] = network(frames[-1].permute(0, 3, 1, 2)).amax(1)
+        targets = q_lambda_returns(rewards, values[1:], dones, args.gamma, args.q_lambda).flatten()
+        shuffled = torch.from_numpy(rng.permutation(len(targets))).to(device, non_blocking=True)
         for rows in shuffled.chunk(args.num_minibatches):
-            q_values = network(frames.index_select(0, rows).permute(0, 3, 1, 2))
-            chosen = q_values.gather(1, actions[rows, None]).squeeze(1)
+            q_values = network(states.index_select(0, rows).permute(0, 3, 1, 2))
+            chosen = q_values.gather(1, actions.view(-1, 1)[rows]).squeeze(1)
             loss = F.mse_loss(chosen, targets[rows])
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-            optimizer.step()
-            batch.values.view(-1)[rows] = q_values.detach().amax(1)
-            statistics += torch.stack((loss.detach(), chosen.detach().mean(), targets[rows].mean(), norm))
-    # .tolist() waits for the device: the next rollout may overwrite what was copied to it.
+            optimizer.step(lr)
+            values.view(-1)[rows] = q_values.detach().amax(1)
+            statistics += torch.stack((loss, chosen.mean(), targets[rows].mean(), norm)).detach()
     return (statistics / (args.update_epochs * args.num_minibatches)).tolist()
 
 
 # --- Training ---
 def make_agent(args: Args, num_actions: int, device: torch.device) -> tuple[QNetwork, RAdam]:
-    """Network and optimizer at the start of a training, the same for a seed on every machine."""
+    """Network and optimizer at the start of a training."""
+    on_cuda = device.type == "cuda"
     bf16 = args.bf16 == "on"
-    if args.bf16 == "auto" and device.type == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    elif args.bf16 == "auto" and device.type == "cuda":  # not where it is emulated, slowly
+    if args.bf16 == "auto" and on_cuda:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 == "auto" and device.type == "cpu":
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(args.seed)
         network = QNetwork(num_actions, bf16).to(device)
     if args.compile:
-        network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
-    return network, RAdam(network.parameters(), args.learning_rate, args.weight_decay)
+        network.compile(dynamic=False, mode="reduce-overhead" if on_cuda else "default")
+    return network, RAdam(network.parameters())
 
 
 def train(args: Args, stop: list | tuple = ()) -> Path | None:
     """Trains as `args` say, or until `stop` holds something; returns the run's folder. Raises UserError or OSError.
 
-    In a process group (of torchrun) every process calls this and plays its share of the games; gradients are averaged.
-    Rank 0 alone writes and reports; the others return None.
+    In a process group (of torchrun) every process calls this and plays its share of the games. Rank 0 alone writes and
+    reports; the others return None.
     """
-    check_args(args)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    num_envs, batch_size = args.num_envs // world_size, args.num_envs * args.num_steps
+    check_args(args, world_size)
+    num_envs = args.num_envs // world_size
+    batch_size = args.num_envs * args.num_steps
     exploration_steps = args.exploration_fraction * args.total_timesteps
     final_lr = 0.0 if args.anneal_lr else args.learning_rate
+    cores = joblib.cpu_count()  # more threads than these would slow PyTorch down a hundredfold
+    num_threads = min(args.num_threads, cores) or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device, parent = choose_device(args.device), os.getppid()
-    num_threads = args.num_threads or max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    global_step, recent, best = 0, deque(maxlen=100), {"mean_return": -math.inf}
 
     def save_run() -> None:
-        if "network" in best:
-            save(run_dir / "best_model.pth", best)
+        save(run_dir / "best_model.pth", {"env_id": args.env_id, "global_step": global_step} | best)
         learned = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        progress = {"args": vars(args), "global_step": global_step, "recent": list(recent)}
-        save(run_dir / "checkpoint.pth", learned | progress)
+        save(run_dir / "checkpoint.pth", {"args": vars(args), "global_step": global_step, "recent": recent} | learned)
 
     with contextlib.ExitStack() as stack:
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, num_threads=num_threads)
         stack.callback(envs.close)
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # orthogonal matrices on more threads than cores take a minute
-        network, optimizer = make_agent(args, int(envs.action_space.n), device)
         torch.set_num_threads(num_threads)
+        network, optimizer = make_agent(args, int(envs.action_space.n), device)
+        # `recent` are the last 100 scores. Before there are so many, the best model is the one that learns.
+        global_step, recent, best = 0, [], {"mean_return": -math.inf, "network": network.state_dict()}
         if args.resume:
-            saved = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
-            global_step = saved["global_step"]
-            recent.extend(saved["recent"])
+            checkpoint = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
+            global_step, recent = checkpoint["global_step"], checkpoint["recent"]
             if Path(args.resume, "best_model.pth").exists():
-                best = load(Path(args.resume, "best_model.pth"), MODEL)
+                model = load(Path(args.resume, "best_model.pth"), MODEL)
+                best = model if model["mean_return"] > -math.inf else best
         # DistributedDataParallel averages the gradients of all processes while the backward pass computes them.
         learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
-        rollout = make_rollout(args.num_steps, num_envs, pin_memory=device.type == "cuda")
-        batch = make_rollout(args.num_steps, num_envs, device=device)
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
+        rollout = Rollout(args.num_steps, num_envs)
         if rank == 0:
             run_dir, log = stack.enter_context(open_run(args, global_step))
             save_run()
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
             where = f"{world_size} x {device} in {'bfloat16' if network.bf16 else 'float32'}"
-            say(f"PQN on {args.num_envs} games of {args.env_id}, {where}: {run_dir}")
-            if args.resume:
-                lr = linear_schedule(args.learning_rate, final_lr, args.total_timesteps, global_step)
-                at = f"step {global_step:,} of {args.total_timesteps:,}, epsilon {epsilon:.3f}, learning rate {lr:.2g}"
-                say(f"resumed at {at}; the games start anew")
+            say(f"PQN on {args.num_envs} games of {args.env_id} from step {global_step:,}, {where}: {run_dir}")
 
         # Game i has the same seed whatever process plays it. A resumed run starts other games than it has played.
         first_seed = int(np.random.default_rng([args.seed, global_step]).integers(2**31))
         envs.seed(first_seed + rank * num_envs)
-        rollout.frames[-1] = torch.from_numpy(envs.reset()).permute(0, 2, 3, 1)
-        if global_step and global_step + batch_size <= args.total_timesteps:
+        rollout.frames[-1] = envs.reset().transpose(0, 2, 3, 1)
+        if 0 < global_step <= args.total_timesteps - batch_size:
             # Scatter them over all their stages: learning from first balls only would set the run back.
             rng = np.random.default_rng([args.seed, global_step, rank, 1])
+            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             for _ in range(0 if stop else 16):
                 play(network, envs, rollout, [epsilon] * args.num_steps, args.gamma, rng)
 
         first_step, start, stopped = global_step, time.monotonic(), False
-        reported = checkpointed = start
+        reported, checkpointed = -math.inf, start
         while global_step + batch_size <= args.total_timesteps and not stopped:
             # 1. Play num_steps of every game, epsilon-greedily.
             rng = np.random.default_rng([args.seed, global_step, rank])
@@ -343,17 +324,16 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
 
             # 2. Learn from them.
             lr = linear_schedule(args.learning_rate, final_lr, args.total_timesteps, global_step)
-            optimizer.param_groups[0]["lr"] = lr
-            means = learn(learner, optimizer, rollout, batch, rng, args)
+            means = learn(learner, optimizer, rollout, lr, rng, args)
             global_step += batch_size
 
             # 3. Report and save.
             orphaned = world_size > 1 and os.getppid() != parent  # torchrun was killed
-            reports = [(bool(stop), orphaned, games, [*means, sparse_reward_ratio])] * world_size
+            reports = [(bool(stop) or orphaned, games, [*means, sparse_reward_ratio])] * world_size
             if world_size > 1:
                 dist.all_gather_object(reports, reports[rank])
-            stops, orphans, games, means = zip(*reports, strict=True)
-            stopped = any(stops + orphans)
+            stops, games, means = zip(*reports, strict=True)
+            stopped = any(stops)
             loss, current_q, target_q, norm, sparse_reward_ratio = np.mean(means, axis=0).tolist()
             if not math.isfinite(loss + norm):
                 hint = "go on from the last checkpoint with --bf16 off, or train with a lower --learning-rate"
@@ -361,18 +341,20 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             if rank > 0:
                 continue
             for t, score, length in sum(games, []):
-                recent.append(score)
-                log(steps[t], charts={"episodic_return": score, "episodic_length": length})
-            score, now = float(np.mean(recent)) if recent else math.nan, time.monotonic()
+                recent = [*recent[-99:], score]
+                log(steps[t], {"charts/episodic_return": score, "charts/episodic_length": length})
+            score, now = float(np.mean(recent or math.nan)), time.monotonic()
             sps = (global_step - first_step) / (now - start)
-            charts = {"SPS": sps, "epsilon": epsilons[-1], "learning_rate": lr}
-            charts["sparse_reward_ratio"] = sparse_reward_ratio
-            losses = {"td_loss": loss, "current_q": current_q, "target_q": target_q}
-            log(global_step, charts=charts, losses=losses)
-            if len(recent) == recent.maxlen and score > best["mean_return"]:
-                best = model_of(network, args.env_id, global_step, score)
-            if now - reported > 30:
-                say(f"step {global_step:,}: score {score:.1f}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s")
+            scalars = {"charts/SPS": sps, "charts/epsilon": epsilons[-1], "charts/learning_rate": lr}
+            scalars |= {"charts/sparse_reward_ratio": sparse_reward_ratio}
+            scalars |= {"losses/td_loss": loss, "losses/current_q": current_q, "losses/target_q": target_q}
+            log(global_step, scalars)
+            if len(recent) == 100 and score > best["mean_return"]:
+                weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+                best = {"global_step": global_step, "mean_return": score, "network": weights}
+            if recent and now - reported > 30:
+                rates = f"epsilon {epsilons[-1]:.3f}, learning rate {lr:.2g}, {sps:.0f} steps/s"
+                say(f"step {global_step:,} of {args.total_timesteps:,}: score {score:.1f}, {rates}")
                 reported = now
             if now - checkpointed > 60 * args.checkpoint_minutes:
                 try:
@@ -381,15 +363,16 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
                     say(f"{error}; training goes on")
                 checkpointed = now
 
-        if rank == 0:
-            if best["mean_return"] == -math.inf:  # fewer than 100 games are over
-                best = model_of(network, args.env_id, global_step, -math.inf)
-            save_run()
-            score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
-            say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
-        if stopped and any(orphans):
-            raise UserError("torchrun was killed on a machine; all processes have stopped, with a checkpoint")
-        return run_dir if rank == 0 else None
+        if rank > 0:
+            return None
+        save_run()
+        score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
+        say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
+        if stopped:
+            say(f"to go on: python pqn_breakout.py --resume {run_dir}")
+        else:
+            say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+        return run_dir
 
 
 # --- Environments ---
@@ -398,8 +381,8 @@ class AtariVecEnv(VecEnv):
 
     - Observations are uint8 `(num_envs, 4, 84, 84)`: grayscale, pooled over two frames, the newest last.
     - A lost life is a termination (`done`, with `terminal_observation`), but the game goes on.
-    - FIRE is pressed, where the game has it, on the first step of a game and of every life: Breakout serves no ball
-      without it. `infos[i]["action"]` tells when that was not the caller's action.
+    - FIRE is the first action of a game and of every life, where there is one: it serves Breakout's ball.
+      `infos[i]["action"]` tells when that was not the caller's action.
     - Rewards are clipped to their sign; `infos[i]["episode"]` has a whole game's true score `r` and steps `l`.
     """
 
@@ -419,8 +402,8 @@ class AtariVecEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         if self.requested is not None:  # a step that nobody waited for
-            self.requested = None
             self.envs.recv()
+            self.requested = None
         seeds = [-1 if seed is None else seed % 2**31 for seed in self._seeds]  # -1 keeps the generator
         observations, info = self.envs.reset(seed=np.array(seeds))
         self._reset_seeds()
@@ -442,7 +425,6 @@ class AtariVecEnv(VecEnv):
     def step_wait(self):
         if self.requested is None:
             raise ValueError("step_wait: must follow step_async")
-        requested, self.requested = self.requested, None
         observations, rewards, terminated, truncated, info = self.envs.recv()
         lives_before, self.lives = self.lives, info["lives"]
         over = terminated | truncated
@@ -452,7 +434,7 @@ class AtariVecEnv(VecEnv):
         infos = []
         for i in range(self.num_envs):
             infos.append({"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])})
-            if self.actions[i] != requested[i]:
+            if self.actions[i] != self.requested[i]:
                 infos[i]["action"] = int(self.actions[i])
             if done[i]:
                 infos[i]["terminal_observation"] = info["final_obs"][i] if over[i] else observations[i]
@@ -460,7 +442,7 @@ class AtariVecEnv(VecEnv):
                 infos[i]["lives"] = int(lives_before[i]) if truncated[i] else 0
                 score, length, seconds = float(self.returns[i]), int(self.lengths[i]), time.time() - self.start
                 infos[i]["episode"] = {"r": score, "l": length, "t": round(seconds, 6)}
-        self.new_life, self.returns[over], self.lengths[over] = done.copy(), 0, 0
+        self.requested, self.new_life, self.returns[over], self.lengths[over] = None, done.copy(), 0, 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
 
     def close(self) -> None:
@@ -481,12 +463,12 @@ class AtariVecEnv(VecEnv):
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The gymnasium spec of an Atari game; UserError names the nearest ids for any other id."""
-    games = {name: spec for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"}
-    if env_id not in games:
-        nearest = difflib.get_close_matches(env_id, games, n=3) or ["BreakoutNoFrameskip-v4"]
-        raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {', '.join(nearest)}")
-    return games[env_id]
+    """The gymnasium spec of an Atari game; UserError for any other id."""
+    spec = gym.registry.get(env_id)
+    if spec is None or spec.entry_point != "ale_py.env:AtariEnv":
+        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry)) or "ALE/Breakout-v5"
+        raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {nearest}")
+    return spec
 
 
 def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=30, num_threads=0) -> VecEnv:
@@ -496,43 +478,29 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     (FIRE at a reset, a no-op after a lost life) and counts a game's length in frames. Raises UserError.
     """
     spec = atari_spec(env_id)
-    frame_skip = spec.kwargs["frameskip"]
-    if frame_skip == 1:  # "NoFrameskip" leaves the skipping to the preprocessing: 4, by convention
-        frame_skip = 4
-    fixed = isinstance(frame_skip, int)
-    if vec_env == "native" and not fixed:
-        raise UserError(f"--env-id {env_id}: skips a random number of frames, which needs --vec-env sb3")
-    if vec_env == "native":
-        venv = AtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads)
+    skip = spec.kwargs["frameskip"]  # 1, as of "NoFrameskip", leaves it to the preprocessing: 4, by convention
+    inner, outer = (1, 4 if skip == 1 else skip) if isinstance(skip, int) else (skip, 1)
+    if vec_env == "native" and inner == 1:
+        venv = AtariVecEnv(spec, num_envs, outer, noop_max, num_threads)
     elif vec_env == "sb3":
-        wrapper_kwargs = {"frame_skip": frame_skip if fixed else 1, "noop_max": noop_max}
-        env_kwargs = {"frameskip": 1 if fixed else frame_skip}
-        try:
-            venv = make_atari_env(env_id, num_envs, wrapper_kwargs=wrapper_kwargs, env_kwargs=env_kwargs)
-        except AssertionError:  # of wrappers that rely on NOOP and FIRE being the first actions
-            raise UserError(f"--env-id {env_id}: has other actions than --vec-env sb3 relies on") from None
-        venv = VecTransposeImage(VecFrameStack(venv, 4))
+        options = {"wrapper_kwargs": {"frame_skip": outer, "noop_max": noop_max}, "env_kwargs": {"frameskip": inner}}
+        venv = VecTransposeImage(VecFrameStack(make_atari_env(env_id, num_envs, **options), 4))
     else:
-        raise UserError(f"--vec-env {vec_env}: must be native or sb3")
+        raise UserError(
+            f"--vec-env {vec_env}: must be native, or sb3, which {env_id} needs if its frame skip is random"
+        )
     venv.seed(seed)
     return venv
 
 
 # --- Files, processes, command line ---
-
-# What the files of a run hold, and of which type.
-CHECKPOINT = {"args": dict, "global_step": int, "recent": list, "network": dict, "optimizer": dict}
-MODEL = {"env_id": str, "mean_return": float, "network": dict}
-
-
 class UserError(Exception):
     """Something the user can mend, told in one line."""
 
 
-def model_of(network: QNetwork, env_id: str, global_step: int, mean_return: float) -> dict:
-    """What best_model.pth holds: a copy of the weights, and what they are of."""
-    weights = {name: weight.clone() for name, weight in network.state_dict().items()}
-    return {"env_id": env_id, "global_step": global_step, "mean_return": mean_return, "network": weights}
+# What the files of a run hold, and of which type.
+CHECKPOINT = {"args": dict, "global_step": int, "recent": list, "network": dict, "optimizer": dict}
+MODEL = {"env_id": str, "mean_return": float, "network": dict}
 
 
 def save(path: Path, content: dict) -> None:
@@ -558,29 +526,28 @@ def load(path: Path, kinds: dict[str, type], network: QNetwork | None = None, op
     try:
         with zipfile.ZipFile(path if path.is_file() else "") as file:  # a device would never end
             inflated = sum(entry.file_size for entry in file.infolist()) > path.stat().st_size
-            if inflated or file.testzip():  # torch.load would not look at the check sums
-                raise ValueError
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            damaged = inflated or file.testzip()  # torch.load would not look at the check sums
+        content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
         fits = isinstance(content, dict) and all(isinstance(content[name], kind) for name, kind in kinds.items())
-        fits &= all(bool(weight.isfinite().all()) for weight in content["network"].values())
+        fits = fits and all(bool(weight.isfinite().all()) for weight in content["network"].values())
         if network:
             network.load_state_dict(content["network"])
         if optimizer:
             optimizer.load_state_dict(content["optimizer"])
             for weight, state in optimizer.state.items():  # the fused kernel would trust in these shapes
                 fits &= state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape
-        if not fits:
-            raise ValueError
-        return content
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:  # whatever an unpickler makes of bytes that are not ours
-        raise UserError(f"{path}: damaged, not a file of this program, or of another network") from None
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: damaged, not a file of this program, or of another network")
+    return content
 
 
 @contextlib.contextmanager
 def open_run(args: Args, global_step: int):
-    """The run's folder, kept for this process; yields it and `log(step, charts={"SPS": 500})`."""
+    """The run's folder, kept for this process; yields it and `log(step, {tag: value})`."""
     name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or Path(args.log_dir, name))
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -591,7 +558,7 @@ def open_run(args: Args, global_step: int):
         raise UserError(f"--resume {run_dir}: a live run is using this folder") from None
     except (OSError, NotImplementedError) as error:  # some network mounts
         say(f"{run_dir}: cannot be locked against a second run: {error}")
-    # SummaryWriter's thread would end with a full disk, and a traceback; this buffer keeps what cannot be written yet.
+    # SummaryWriter's thread would end with a full disk; this buffer keeps what cannot be written yet.
     events = (run_dir / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}").open("wb", buffering=2**20)
 
     def write(**content) -> None:
@@ -599,24 +566,14 @@ def open_run(args: Args, global_step: int):
             RecordWriter(events).write(Event(wall_time=time.time(), **content).SerializeToString())
             events.flush()
 
-    def log(step: int, **groups: dict[str, float]) -> None:
-        tags = {f"{group}/{name}": value for group, scalars in groups.items() for name, value in scalars.items()}
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
+    def log(step: int, scalars: dict[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         write(step=step, summary=Summary(value=values))
 
     write(file_version="brain.Event:2")
+    write(step=global_step + 1, session_log=SessionLog(status=SessionLog.START))  # takes back what came later
     try:
-        if args.resume:  # takes back what was written after the checkpoint
-            write(step=global_step + 1, session_log=SessionLog(status=SessionLog.START))
-        else:
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-            rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-            write(summary=text("hyperparameters", f"|param|value|\n|-|-|\n{rows}"))
         yield run_dir, log
-    except OSError as error:
-        if not (run_dir / "checkpoint.pth").exists():
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(error.filename or run_dir)) from None
     finally:
         lock.release()
         with contextlib.suppress(OSError):
@@ -625,18 +582,17 @@ def open_run(args: Args, global_step: int):
 
 def say(line: str) -> None:
     """Prints a line; training goes on when nobody reads any more (`| head`, a closed terminal)."""
-    try:
+    with contextlib.suppress(OSError):
         print(line, flush=True)
-    except OSError:
-        sys.stdout = io.StringIO()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, tried out; `auto` is the accelerator PyTorch finds, or the CPU."""
+    """The device called `name`, tried out; `auto` is the accelerator that PyTorch finds, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
         if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: a device for every process
+            torch.zeros(1, device=f"{device.type}:{int(os.environ['LOCAL_WORLD_SIZE']) - 1}")
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
@@ -658,61 +614,33 @@ def parse(args_class, **options):
         raise UserError(f"{' '.join(words).rstrip('.')}; --help lists the options") from None
 
 
-def read_args() -> Args:
-    """The command line's arguments; of a run to resume its own, but for those that do not change what it learns."""
-    args = parse(Args)
-    if args.resume is None:
-        return args
-    own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
-    own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
-    own = vars(Args(**{name: value for name, value in own.items() if name in vars(args)}))  # older runs had others
-    args = parse(Args, default=Args(**own))
-    free = {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}
-    for name in own.keys() - free:
-        if getattr(args, name) != own[name]:
-            raise UserError(f"--resume {args.resume}: its {name} {own[name]} cannot become {getattr(args, name)}")
-    if args.total_timesteps > own["total_timesteps"]:  # exploration that is over stays over
-        args.exploration_fraction *= own["total_timesteps"] / args.total_timesteps
-    return args
+def check_bounds(args) -> None:
+    """UserError for a number that is out of the bounds in its annotation."""
+    for name, annotation in get_type_hints(type(args), include_extras=True).items():
+        for low, high in getattr(annotation, "__metadata__", ()):
+            if not low <= getattr(args, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
 
 
-def check_args(args: Args) -> None:
-    """Raises UserError for values that nothing can be trained with, before any work is done."""
-    bounds = {
-        "num_envs num_steps num_minibatches update_epochs total_timesteps": (1, 10**15),
-        "gamma q_lambda start_e end_e": (0, 1),
-        "exploration_fraction": (1e-9, 1),
-        "learning_rate max_grad_norm checkpoint_minutes": (1e-12, 1e12),
-        "weight_decay": (0, 1e12),
-        "seed": (0, 2**31 - 1),
-        "num_threads": (0, 1024),
-    }
-    for names, (low, high) in bounds.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+def check_args(args: Args, world_size: int) -> None:
+    """UserError for what nothing can be trained with, before any work is done."""
+    check_bounds(args)
     rollout = args.num_envs * args.num_steps
     steps = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {rollout} steps"
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if args.num_envs % world_size:
-        raise UserError(f"--num-envs {args.num_envs}: must be a multiple of the {world_size} processes")
-    if rollout // world_size % args.num_minibatches:
-        raise UserError(f"--num-minibatches {args.num_minibatches}: must divide a process's share of {steps}")
+    if args.num_envs % world_size or rollout // world_size % args.num_minibatches:
+        raise UserError(
+            f"{steps}: cannot be cut into {world_size} processes x --num-minibatches {args.num_minibatches}"
+        )
     if args.total_timesteps < rollout:
         raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {steps}")
     if rollout * 4 * 84 * 84 > psutil.virtual_memory().total:
         raise UserError(f"{steps}: need {rollout * 4 * 84 * 84 / 1e9:.0f} GB, more than this machine's memory")
-    if args.bf16 not in ("auto", "on", "off"):
-        raise UserError(f"--bf16 {args.bf16}: must be auto, on or off")
-    atari_spec(args.env_id)
 
 
 def run_command(command) -> None:
     """Calls `command(stop)` as a program of the command line does, and exits; an error is one line.
 
-    The first SIGINT, SIGTERM or SIGHUP puts its number into `stop`, the second ends the process; those that the parent
-    ignores (nohup, a script's &) stay ignored. What a console cannot take is left out.
+    The first SIGINT, SIGTERM or SIGHUP puts its number into `stop`, the second ends the process.
     """
     stop = []
 
@@ -721,33 +649,38 @@ def run_command(command) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup and a script's &
             signal.signal(number, request_stop)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the parent
-            setattr(sys, name, io.StringIO())
-        else:
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
     try:
         command(stop)
         sys.exit(128 + stop[0] if stop else 0)
     except (UserError, OSError) as error:
-        sys.stdout = io.StringIO()  # it may be what failed
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    finally:
+        sys.stdout = None  # what it could not take before is not tried again
 
 
 def main(stop: list[int]) -> None:
+    args = parse(Args)
+    if args.resume is not None:  # the run's own arguments, but for those that do not change what it learns
+        own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
+        own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
+        own = vars(Args(**{name: own[name] for name in own.keys() & vars(args).keys()}))  # older runs had others
+        args = parse(Args, default=Args(**own))
+        for name in own.keys() - {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}:
+            if getattr(args, name) != own[name]:
+                raise UserError(f"--resume {args.resume}: its {name} {own[name]} cannot become {getattr(args, name)}")
+        if args.total_timesteps > own["total_timesteps"]:  # exploration that is over stays over
+            args.exploration_fraction *= own["total_timesteps"] / args.total_timesteps
     try:
         if "RANK" in os.environ:  # of torchrun
             dist.init_process_group()
-        run_dir = train(read_args(), stop)
-        if run_dir and stop:
-            say(f"to go on: python pqn_breakout.py --resume {run_dir}")
-        elif run_dir:
-            say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+        train(args, stop)
     except UserError:
-        if int(os.environ.get("RANK", "0")) > 0:  # rank 0 says the same
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # the first process of a machine says the same
             sys.exit(1)
         raise
     except RuntimeError as error:

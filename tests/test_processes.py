@@ -15,7 +15,7 @@ from test_runs import CUT_BREAKOUT, ENVIRON, OFTEN, TINY, checkpoint_of, curve, 
 from torch import nn
 
 import pqn_breakout
-from pqn_breakout import Args, QNetwork, RAdam, Rollout, UserError, learn, make_rollout, q_lambda_returns, train
+from pqn_breakout import Args, QNetwork, RAdam, Rollout, UserError, learn, q_lambda_returns, train
 
 SETTINGS = TINY | {"env_id": CUT_BREAKOUT, "num_envs": 4, "num_minibatches": 2, "total_timesteps": 20 * 16}
 MOVING = SETTINGS | {"env_id": "FreewayNoFrameskip-v4", "total_timesteps": 16, "end_e": 1.0}  # its cars never stop
@@ -25,21 +25,22 @@ LEARNING = Args(num_minibatches=2, update_epochs=2, q_lambda=0.5, max_grad_norm=
 
 def learning_task() -> tuple[QNetwork, RAdam, Rollout]:
     torch.manual_seed(1)
-    network, rollout = QNetwork(4), make_rollout(4, 4)
-    for buffer, fill in zip(rollout, ((256,), None, (4,), None, (2,)), strict=True):
-        buffer.random_(*fill) if fill else buffer.normal_(std=3)
-    return network, RAdam(network.parameters(), 1e-2), rollout
+    network, rollout, rng = QNetwork(4), Rollout(4, 4), np.random.default_rng(1)
+    for name, high in {"frames": 256, "values": 3, "actions": 4, "rewards": 5, "dones": 2}.items():
+        buffer = getattr(rollout, name)
+        buffer[:] = rng.integers(high, size=buffer.shape)
+    return network, RAdam(network.parameters()), rollout
 
 
 def worker(folder: Path) -> None:
     """What each of two processes does; it saves what the tests look at."""
 
     def watched(network, envs, rollout, *rest):
-        seen["start"] = rollout.frames[-1].clone()
+        seen["start"] = torch.tensor(rollout.frames[-1])
         games = play(network, envs, rollout, *rest)
-        seen["actions"], seen["weights"] = rollout.actions.clone(), list(network.state_dict().values())
+        seen["actions"], seen["weights"] = torch.tensor(rollout.actions), list(network.state_dict().values())
         if envs.action_space.n == 3 and rank == 1:  # Freeway
-            rollout.rewards.fill_(np.inf)
+            rollout.rewards.fill(np.inf)
         return games
 
     dist.init_process_group()
@@ -47,9 +48,10 @@ def worker(folder: Path) -> None:
     pqn_breakout.play = watched
     network, optimizer, rollout = learning_task()
     seen = {"learned": network.state_dict()}
-    ours = Rollout(*(buffer[:, 2 * rank : 2 * rank + 2].contiguous() for buffer in rollout))
+    for name, buffer in vars(rollout).items():
+        setattr(rollout, name, buffer[:, 2 * rank : 2 * rank + 2].copy())
     learner = nn.parallel.DistributedDataParallel(network)
-    learn(learner, optimizer, ours, make_rollout(4, 2), np.random.default_rng(rank), LEARNING)
+    learn(learner, optimizer, rollout, 1e-2, np.random.default_rng(rank), LEARNING)
     train(Args(**SETTINGS, log_dir=str(folder / "logs")))
     seen["trained"] = seen["weights"]
     train(Args(**SETTINGS | {"total_timesteps": 22 * 16}, resume=str(run_in(folder / "logs"))))
@@ -75,19 +77,20 @@ def left(tmp_path_factory) -> tuple[Path, list[dict], str]:
 
 def test_two_processes_learn_what_one_learns_from_their_joint_minibatches(left):
     network, optimizer, rollout = learning_task()
-    frames, values = rollout.frames.permute(0, 1, 4, 2, 3), rollout.values.clone()
+    frames, values, actions, rewards, dones = map(torch.from_numpy, vars(rollout).values())
+    frames = frames.permute(0, 1, 4, 2, 3)
     rngs = [np.random.default_rng(rank) for rank in (0, 1)]
     for _ in range(2):
         values[-1] = network(frames[-1]).detach().amax(1)
-        targets = q_lambda_returns(rollout.rewards, values[1:], rollout.dones, LEARNING.gamma, 0.5)
+        targets = q_lambda_returns(rewards, values[1:], dones, LEARNING.gamma, 0.5)
         for rows in np.stack([rng.permutation(4 * 2).reshape(2, 4) for rng in rngs], axis=1):
             at = torch.from_numpy(rows // 2).flatten(), torch.from_numpy(rows % 2 + [[0], [2]]).flatten()
             q_values = network(frames[at])
-            loss = (q_values[torch.arange(8), rollout.actions[at]] - targets[at]).square().mean()
+            loss = (q_values[torch.arange(8), actions[at]] - targets[at]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             assert nn.utils.clip_grad_norm_(network.parameters(), 0.5) > 1
-            optimizer.step()
+            optimizer.step(1e-2)
             values[at] = q_values.detach().amax(1)
     for seen in left[1]:
         torch.testing.assert_close(seen["learned"], network.state_dict(), rtol=1e-4, atol=1e-5)
@@ -95,7 +98,9 @@ def test_two_processes_learn_what_one_learns_from_their_joint_minibatches(left):
 
 def test_every_process_plays_its_share_of_the_games_and_has_the_same_weights(left, monkeypatch, tmp_path):
     starts, play, (ours, theirs) = [], pqn_breakout.play, left[1]
-    monkeypatch.setattr(pqn_breakout, "play", lambda *args: (starts.append(args[2].frames[-1].clone()), play(*args))[1])
+    monkeypatch.setattr(
+        pqn_breakout, "play", lambda *args: (starts.append(torch.tensor(args[2].frames[-1])), play(*args))[1]
+    )
     train(Args(**MOVING, log_dir=str(tmp_path)))
     assert torch.equal(torch.cat([ours["start"], theirs["start"]]), starts[0])
     assert not torch.equal(ours["start"], theirs["start"]) and not torch.equal(ours["actions"], theirs["actions"])
