@@ -22,7 +22,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import imageio_ffmpeg
 import numpy as np
@@ -41,9 +41,9 @@ class Args:
     """Play whole Atari games with a trained model and report their scores."""
 
     model: str | None = None  # a best_model.pth; otherwise the newest logs/*/best_model.pth, or the reference model
-    episodes: int = 10  # whole games to play
-    epsilon: float = 0.01  # share of random actions, as at the end of training; 0 is greedy: many games are the same
-    seed: int = 1  # of the games and of the random actions
+    episodes: Annotated[int, (1, 2**30)] = 10  # whole games to play
+    epsilon: Annotated[float, (0, 1)] = 0.01  # share of random actions; 0 is greedy: many games are the same
+    seed: Annotated[int, (0, 2**30)] = 1  # of the games and of the random actions
     device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes an accelerator where there is one
     json: bool = False  # print one JSON object, and nothing else, on stdout
     render: Literal["auto", "human", "none"] = "auto"  # a window; auto: where there is a display, no --json, no --video
@@ -155,7 +155,8 @@ def play(network, env_id: str, episodes: int, epsilon: float, seed: int, watch=N
     device = next(network.parameters()).device
     numbers, games = deque(range(episodes)), deque()
     batch = np.zeros((ROWS, 4, 84, 84), dtype=np.uint8)
-    with tqdm(unit=" steps", leave=False, disable=not (sys.stdout.isatty() and sys.stderr.isatty())) as steps:
+    terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # a closed one is None
+    with tqdm(unit=" steps", leave=False, disable=not terminal) as steps:
         while (numbers or games) and not stopped():
             while numbers and len(games) < (1 if watch else groups * ROWS):
                 games.append(Game(env_id, seed, numbers.popleft(), watch))
@@ -319,9 +320,7 @@ def report(args: Args, env_id: str, path: Path, games: dict[int, tuple[float, in
 def main(stop: list[int]) -> None:
     """Plays and reports as the command line says, until `stop` holds something."""
     args = pqn.parse(Args)
-    for name, low, high in (("episodes", 1, 2**30), ("epsilon", 0, 1), ("seed", 0, 2**30)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} {getattr(args, name)}: must be from {low:,} to {high:,}")
+    pqn.check_bounds(args)
     if "" in (args.model, args.video):
         raise UserError("--model and --video: must not be empty")
     # The network gets one thread: the emulators use the other cores, and a trainer may be at work on them.
@@ -353,8 +352,9 @@ def main(stop: list[int]) -> None:
         options = (args.episodes, args.epsilon, args.seed, watch if viewers else None)
         for number, score, steps in play(network, env_id, *options, lambda: stop or (window and window.closed)):
             games[number] = score, steps
-            if not args.json:  # above the count of steps
-                tqdm.write(f"game {number + 1}: score {score:g}, {steps} steps")
+            if not args.json:
+                with tqdm.external_write_mode():  # above the count of steps
+                    pqn.say(f"game {number + 1}: score {score:g}, {steps} steps")
     if games:
         report(args, env_id, path, games)
     else:

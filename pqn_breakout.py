@@ -425,6 +425,7 @@ class AtariVecEnv(VecEnv):
     def step_wait(self):
         if self.requested is None:
             raise ValueError("step_wait: must follow step_async")
+        requested, self.requested = self.requested, None
         observations, rewards, terminated, truncated, info = self.envs.recv()
         lives_before, self.lives = self.lives, info["lives"]
         over = terminated | truncated
@@ -434,7 +435,7 @@ class AtariVecEnv(VecEnv):
         infos = []
         for i in range(self.num_envs):
             infos.append({"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])})
-            if self.actions[i] != self.requested[i]:
+            if self.actions[i] != requested[i]:
                 infos[i]["action"] = int(self.actions[i])
             if done[i]:
                 infos[i]["terminal_observation"] = info["final_obs"][i] if over[i] else observations[i]
@@ -442,7 +443,7 @@ class AtariVecEnv(VecEnv):
                 infos[i]["lives"] = int(lives_before[i]) if truncated[i] else 0
                 score, length, seconds = float(self.returns[i]), int(self.lengths[i]), time.time() - self.start
                 infos[i]["episode"] = {"r": score, "l": length, "t": round(seconds, 6)}
-        self.requested, self.new_life, self.returns[over], self.lengths[over] = None, done.copy(), 0, 0
+        self.new_life, self.returns[over], self.lengths[over] = done.copy(), 0, 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
 
     def close(self) -> None:
@@ -463,12 +464,12 @@ class AtariVecEnv(VecEnv):
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The gymnasium spec of an Atari game; UserError for any other id."""
-    spec = gym.registry.get(env_id)
-    if spec is None or spec.entry_point != "ale_py.env:AtariEnv":
-        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry)) or "ALE/Breakout-v5"
-        raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {nearest}")
-    return spec
+    """The gymnasium spec of an Atari game; UserError names the nearest ids for any other id."""
+    games = {name: spec for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"}
+    if env_id not in games:
+        nearest = difflib.get_close_matches(env_id, games) or ["BreakoutNoFrameskip-v4"]
+        raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {', '.join(nearest)}")
+    return games[env_id]
 
 
 def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=30, num_threads=0) -> VecEnv:
@@ -486,9 +487,7 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
         options = {"wrapper_kwargs": {"frame_skip": outer, "noop_max": noop_max}, "env_kwargs": {"frameskip": inner}}
         venv = VecTransposeImage(VecFrameStack(make_atari_env(env_id, num_envs, **options), 4))
     else:
-        raise UserError(
-            f"--vec-env {vec_env}: must be native, or sb3, which {env_id} needs if its frame skip is random"
-        )
+        raise UserError(f"--vec-env {vec_env}: must be native or sb3; {env_id} needs sb3 if its frame skip is random")
     venv.seed(seed)
     return venv
 
@@ -592,7 +591,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(accelerator if name == "auto" else name)
         if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: a device for every process
-            torch.zeros(1, device=f"{device.type}:{int(os.environ['LOCAL_WORLD_SIZE']) - 1}")
+            if torch.accelerator.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                raise UserError(f"--device {name}: this machine has fewer of them than processes")
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
@@ -628,9 +628,7 @@ def check_args(args: Args, world_size: int) -> None:
     rollout = args.num_envs * args.num_steps
     steps = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {rollout} steps"
     if args.num_envs % world_size or rollout // world_size % args.num_minibatches:
-        raise UserError(
-            f"{steps}: cannot be cut into {world_size} processes x --num-minibatches {args.num_minibatches}"
-        )
+        raise UserError(f"{steps}: must divide into {world_size} processes x --num-minibatches {args.num_minibatches}")
     if args.total_timesteps < rollout:
         raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {steps}")
     if rollout * 4 * 84 * 84 > psutil.virtual_memory().total:
@@ -651,42 +649,49 @@ def run_command(command) -> None:
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup and a script's &
             signal.signal(number, request_stop)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or io.TextIOWrapper(io.BytesIO())  # None where the parent has closed it
         stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
     try:
         command(stop)
         sys.exit(128 + stop[0] if stop else 0)
     except (UserError, OSError) as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # of torchrun: a machine's first process says the same
+            sys.exit(1)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     finally:
         sys.stdout = None  # what it could not take before is not tried again
 
 
-def main(stop: list[int]) -> None:
+def read_args() -> Args:
+    """The command line's arguments; of a run to resume its own, but for those that do not change what it learns."""
     args = parse(Args)
-    if args.resume is not None:  # the run's own arguments, but for those that do not change what it learns
-        own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
-        own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
-        own = vars(Args(**{name: own[name] for name in own.keys() & vars(args).keys()}))  # older runs had others
-        args = parse(Args, default=Args(**own))
-        for name in own.keys() - {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}:
-            if getattr(args, name) != own[name]:
-                raise UserError(f"--resume {args.resume}: its {name} {own[name]} cannot become {getattr(args, name)}")
-        if args.total_timesteps > own["total_timesteps"]:  # exploration that is over stays over
-            args.exploration_fraction *= own["total_timesteps"] / args.total_timesteps
+    if args.resume is None:
+        return args
+    own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
+    own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
+    own = vars(Args(**{name: own[name] for name in own.keys() & vars(args).keys()}))  # older runs had others
+    args = parse(Args, default=Args(**own))
+    for name in own.keys() - {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}:
+        if getattr(args, name) != own[name]:
+            raise UserError(f"--resume {args.resume}: its {name} {own[name]} cannot become {getattr(args, name)}")
+    if args.total_timesteps > own["total_timesteps"]:  # exploration that is over stays over
+        args.exploration_fraction *= own["total_timesteps"] / args.total_timesteps
+    return args
+
+
+def main(stop: list[int]) -> None:
+    args = read_args()
     try:
         if "RANK" in os.environ:  # of torchrun
             dist.init_process_group()
         train(args, stop)
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # the first process of a machine says the same
-            sys.exit(1)
-        raise
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        raise UserError(f"process {dist.get_rank()} lost another one: {str(error).splitlines()[0]}") from None
+        sys.exit(f"process {dist.get_rank()} lost another one, or failed: {str(error).splitlines()[0]}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -53,12 +53,6 @@ def test_targets_are_the_mix_of_n_step_returns(q_lambda, as_tensors):
         np.testing.assert_array_equal(left, array)
 
 
-def test_lambda_zero_is_exactly_the_td0_target():
-    rewards, next_values, dones = random_experience(seed=4)
-    expected = rewards + 0.99 * (1 - dones) * next_values
-    np.testing.assert_array_equal(pqn_breakout.q_lambda_returns(rewards, next_values, dones, 0.99, 0.0), expected)
-
-
 def test_linear_schedule_goes_straight_and_stays_at_its_end():
     assert [linear_schedule(1.0, 0.2, 100, step) for step in (0, 50, 100, 1000)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
