@@ -155,8 +155,7 @@ def play(network, env_id: str, episodes: int, epsilon: float, seed: int, watch=N
     device = next(network.parameters()).device
     numbers, games = deque(range(episodes)), deque()
     batch = np.zeros((ROWS, 4, 84, 84), dtype=np.uint8)
-    terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # a closed one is None
-    with tqdm(unit=" steps", leave=False, disable=not terminal) as steps:
+    with tqdm(unit=" steps", leave=False, disable=not (sys.stdout.isatty() and sys.stderr.isatty())) as steps:
         while (numbers or games) and not stopped():
             while numbers and len(games) < (1 if watch else groups * ROWS):
                 games.append(Game(env_id, seed, numbers.popleft(), watch))
