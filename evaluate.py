@@ -8,11 +8,6 @@ A window is for watching: it shows one game after the other, at the speed of the
 --seed, --epsilon and its number alone, not on how many games are played beside it, nor on whether it is shown.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
-
 import contextlib
 import json
 import os
@@ -82,13 +77,15 @@ def load_model(path: Path, device: torch.device) -> tuple[pqn.QNetwork, str, lis
     return network.to(device), env_id, actions
 
 
-ROWS = 4  # of a batch, always: libraries choose other sums, and so other last digits, for batches of other sizes
+ROWS = 8  # of a batch, always: libraries choose other sums, and so other last digits, for batches of other sizes
 
 
 def make_env(env_id: str, seed: int):
     """One game; Stable-Baselines3 plays the ids that skip a random number of frames."""
-    fixed = isinstance(pqn.atari_spec(env_id).kwargs["frameskip"], int)
-    return pqn.make_env(env_id, 1, seed, "native" if fixed else "sb3", num_threads=1)
+    try:
+        return pqn.make_env(env_id, 1, seed, num_threads=1)
+    except UserError:
+        return pqn.make_env(env_id, 1, seed, "sb3")
 
 
 class Replay:
@@ -122,55 +119,47 @@ class Game:
         self.env = make_env(env_id, seed + number)
         self.rng = np.random.default_rng([seed, number])
         self.frames = self.env.reset()
-        self.action, self.steps, self.score, self.screens = None, 0, 0, []
+        self.steps, self.score, self.screens = 0, 0, []
         self.replay = Replay(self.env, seed + number) if watch and isinstance(self.env, pqn.AtariVecEnv) else None
 
-    def send(self, q: np.ndarray, epsilon: float) -> None:
-        self.q, self.action = q, pqn.epsilon_greedy(q[None], epsilon, self.rng)
-        self.env.step_async(self.action)
-
-    def wait(self) -> dict | None:
-        """Ends the step that was sent; returns the game's `r`, its true score, once it is over."""
-        self.frames, (reward,), _, (info,) = self.env.step_wait()
+    def step(self, q: np.ndarray, epsilon: float) -> dict | None:
+        """Plays a step; returns the game's `r`, its true score, once it is over."""
+        (action,) = actions = pqn.epsilon_greedy(q[None], epsilon, self.rng)
+        self.frames, (reward,), _, (info,) = self.env.step(actions)
         self.steps += 1
         self.score += reward
         episode = info.get("episode")
         if self.watch:
-            action = info.get("action", int(self.action[0]))  # the environment presses FIRE itself to serve
+            action = info.get("action", int(action))  # the environment presses FIRE itself to serve
             if self.replay:
                 self.screens, self.score = self.replay.step(action), self.replay.score
             elif not episode:  # after its end the next game would be shown
                 self.screens = self.env.get_images()
-            self.watch(self.screens, self.q, action, self.score, info["lives"], self.steps)
+            self.watch(self.screens, q, action, self.score, info["lives"], self.steps)
         return episode
 
 
 @torch.inference_mode()
-def play(network, env_id: str, episodes: int, epsilon: float, seed: int, watch=None, stopped=bool, groups=4):
-    """Plays whole games, up to `groups * ROWS` side by side; yields number, score and steps of each at its end.
+def play(network, env_id: str, episodes: int, epsilon: float, seed: int, watch=None, stopped=bool):
+    """Plays whole games, up to ROWS side by side; yields number, score and steps of each at its end.
 
-    While the network chooses the actions of one group, the emulators work on those of the others. With `watch` there
-    is one game at a time, and `watch(screens, q, action, score, lives, step)` is called after each step.
+    With `watch` there is one game at a time, and `watch(screens, q, action, score, lives, step)` is called each step.
     """
     device = next(network.parameters()).device
-    numbers, games = deque(range(episodes)), deque()
+    numbers, games = deque(range(episodes)), []
     batch = np.zeros((ROWS, 4, 84, 84), dtype=np.uint8)
-    with tqdm(unit=" steps", leave=False, disable=not (sys.stdout.isatty() and sys.stderr.isatty())) as steps:
+    with tqdm(unit=" steps", leave=False, disable=None) as steps:
         while (numbers or games) and not stopped():
-            while numbers and len(games) < (1 if watch else groups * ROWS):
+            while numbers and len(games) < (1 if watch else ROWS):
                 games.append(Game(env_id, seed, numbers.popleft(), watch))
-            group = []
-            for game in [games.popleft() for _ in range(min(ROWS, len(games)))]:
-                if game.action is not None and (episode := game.wait()):
-                    yield game.number, episode["r"], game.steps
-                else:
-                    batch[len(group)] = game.frames[0]
-                    group.append(game)
+            for row, game in zip(batch, games, strict=False):
+                row[:] = game.frames[0]
             q = network(torch.from_numpy(batch).to(device)).cpu().numpy()
-            for game, values in zip(group, q, strict=False):
-                game.send(values, epsilon)
-            games.extend(group)
-            steps.update(len(group))
+            for game, values in zip(games.copy(), q, strict=False):
+                if episode := game.step(values, epsilon):
+                    games.remove(game)
+                    yield game.number, episode["r"], game.steps
+            steps.update(len(games))
 
 
 # --- Pictures ---

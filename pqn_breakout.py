@@ -5,8 +5,8 @@ https://arxiv.org/abs/2407.04811), plays many games side by side, learns from ea
 
     R_t = r_t + gamma * ((1 - lambda) * max_a Q(s_{t+1}, a) + lambda * R_{t+1}),    R_t = r_t at the end of an episode,
 
-by gradient steps on (Q(s_t, a_t) - R_t)^2, and forgets it; lambda = 0 is TD(0). DQN is stable thanks to a frozen target
-network and a million stored frames, PQN by LayerNorm in its network and by its many games.
+by gradient steps on (Q(s_t, a_t) - R_t)^2, and forgets it; lambda = 0 is TD(0). LayerNorm and the many games keep it
+stable, where DQN needs a frozen network and a million stored frames.
 
     python pqn_breakout.py                                      train; --help lists every option
     torchrun --standalone --nproc-per-node 8 pqn_breakout.py    train one agent with eight processes
@@ -17,18 +17,13 @@ The record (AMD EPYC, no GPU, 2,000,000 steps, 100 greedy games, mean of three s
 on one core, 307 with --q-lambda 0.3 --gamma 0.995 --update-epochs 2 in 44 minutes on two.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during the imports
-
 import contextlib
-import difflib
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zipfile
@@ -40,59 +35,56 @@ import ale_py
 import gymnasium as gym
 import joblib
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-# Types of arguments, with the least and the greatest value.
-Count = Annotated[int, (1, 10**15)]
+# Numbers, with the least and the greatest value.
+Count = Annotated[int, (1, 10**6)]
 Share = Annotated[float, (0, 1)]
 Size = Annotated[float, (1e-9, 1e9)]
 
 
 @dataclass
 class Args:
-    """Train PQN on an Atari game: TD(0) by default, Q(lambda) by --q-lambda 0.3 --gamma 0.995 --update-epochs 2."""
+    """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.995 --update-epochs 2."""
 
-    env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game that ale-py registers
-    seed: Annotated[int, (0, 2**31 - 1)] = 1  # of the network, the exploration, the minibatches and the games
-    total_timesteps: Count = 2_000_000  # environment steps to train for, all games together (a step is 4 frames)
-    learning_rate: Size = 2.5e-4  # step size of the optimizer, RAdam
-    anneal_lr: bool = True  # lower the learning rate linearly to zero over the training
-    num_envs: Count = 32  # games played in parallel, by all processes together
+    env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
+    seed: Annotated[int, (0, 2**31 - 1)] = 1  # of network, exploration, minibatches and games
+    total_timesteps: Annotated[int, (1, 10**12)] = 2_000_000  # steps of all games, 4 frames each
+    learning_rate: Size = 2.5e-4  # step size of RAdam
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: Count = 32  # games in parallel, of all processes together
     num_steps: Count = 32  # steps of each game in a rollout
     num_minibatches: Count = 32  # minibatches that a rollout is cut into
-    update_epochs: Count = 3  # passes over a rollout; the targets are computed afresh before each
+    update_epochs: Count = 3  # passes over a rollout, each with new targets
     gamma: Share = 0.99  # discount factor
-    q_lambda: Share = 0.0  # lambda of the returns: 0 is TD(0), recommended is 0.3 with gamma 0.995, 2 epochs
+    q_lambda: Share = 0.0  # lambda of the returns; 0 is TD(0)
     start_e: Share = 1.0  # epsilon at the start
-    end_e: Share = 0.01  # epsilon from the end of the exploration phase on
-    exploration_fraction: Annotated[float, (1e-9, 1)] = 0.05  # share of total_timesteps until epsilon is at end_e
+    end_e: Share = 0.01  # epsilon after the exploration phase
+    exploration_fraction: Annotated[float, (1e-9, 1)] = 0.05  # share of the training until epsilon is end_e
     max_grad_norm: Size = 10.0  # gradients are clipped to this norm
-    device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes an accelerator where there is one
+    device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes an accelerator if there is one
     bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
     num_threads: Annotated[int, (0, 1024)] = 0  # CPU threads of a process; 0 is its share of the cores
-    compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on the CPUs it was tried on
-    vec_env: Literal["native", "sb3"] = "native"  # ALE's own vector environment, or Stable-Baselines3's pipeline
+    compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on a CPU
+    vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or Stable-Baselines3's pipeline
     log_dir: str = "logs"  # where the run's folder is made
-    resume: str | None = None  # folder of a run to go on with, under that run's own arguments
+    resume: str | None = None  # folder of a run to go on with, by its own arguments
     checkpoint_minutes: Size = 5.0  # minutes between two checkpoints
 
 
 # --- The algorithm ---
 class QNetwork(nn.Module):
-    """Nature CNN with LayerNorm over the channels at each position, as in the paper's code.
+    """Nature CNN with LayerNorm over channels, as in the paper's code.
 
     Maps uint8 frames `(batch, 4, 84, 84)` to float32 Q-values `(batch, num_actions)`.
     """
@@ -113,22 +105,21 @@ class QNetwork(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         x = frames.contiguous(memory_format=torch.channels_last).to(torch.bfloat16 if self.bf16 else torch.float32)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            # The first weights scale the frames to 0..1: a pass less over them, and bfloat16 holds 0..255 exactly.
+            # Scaling the weights instead of the frames saves a pass over these; bfloat16 holds 0..255 exactly.
             x = F.conv2d(x, self.conv1.weight / 255, self.conv1.bias, stride=4).permute(0, 2, 3, 1)
             for ln, conv in ((self.ln1, self.conv2), (self.ln2, self.conv3)):
                 x = conv(F.relu(ln(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             x = F.relu(self.ln_fc(self.fc1(F.relu(self.ln3(x)).flatten(1))))
-        with torch.autocast(frames.device.type, enabled=False):
-            return self.fc2(x.float())  # actions differ by less than bfloat16 resolves
+        return self.fc2(x.float())  # actions differ by less than bfloat16 resolves
 
 
 class RAdam(torch.optim.Adam):
-    """Rectified Adam (Liu et al., ICLR 2020), as `torch.optim.RAdam`, on the fused kernel of PyTorch's Adam."""
+    """Rectified Adam (Liu et al., ICLR 2020), as `torch.optim.RAdam`, on Adam's fused kernel."""
 
     def __init__(self, params):
         super().__init__(params, fused=True)
         group = self.param_groups[0]
-        group["lr"] = torch.tensor(0.0, device=group["params"][0].device)  # graphs that capture a step read it anew
+        group["lr"] = torch.tensor(0.0, device=group["params"][0].device)  # no constant of a captured graph
 
     def step(self, lr: float) -> None:
         group = self.param_groups[0]
@@ -158,7 +149,7 @@ def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng: np.random.Generato
 
 
 def q_lambda_returns(rewards, next_values, dones, gamma: float, q_lambda: float):
-    """The targets R_t of the equation above, Peng's Q(lambda), of arrays or tensors `(num_steps, num_envs)`.
+    """The targets R_t above, Peng's Q(lambda), of arrays or tensors `(num_steps, num_envs)`.
 
     `next_values[t]` is max_a Q(s_{t+1}, a), not used where step t ends an episode.
     """
@@ -169,10 +160,10 @@ def q_lambda_returns(rewards, next_values, dones, gamma: float, q_lambda: float)
 
 
 class Rollout:
-    """Buffers for a rollout; `frames` and `values` have the states after its last step, too."""
+    """Buffers; `frames` and `values` have the states after the last step, too."""
 
     def __init__(self, num_steps: int, num_envs: int):
-        self.frames = np.zeros((num_steps + 1, num_envs, 84, 84, 4), np.uint8)  # channels last, as convolutions like it
+        self.frames = np.zeros((num_steps + 1, num_envs, 84, 84, 4), np.uint8)  # channels last
         self.values = np.zeros((num_steps + 1, num_envs), np.float32)  # max_a Q(s, a)
         self.actions = np.zeros((num_steps, num_envs), np.int64)
         self.rewards = np.zeros((num_steps, num_envs), np.float32)
@@ -181,10 +172,10 @@ class Rollout:
 
 @torch.no_grad()
 def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma: float, rng):
-    """Plays a step of every game for each of `epsilons` and fills `rollout`, from where it ended before.
+    """Fills `rollout`, from where it ended before: a step of every game for each of `epsilons`.
 
-    A truncated game is bootstrapped: gamma * max_a Q(last observation) joins its last reward, and it counts as over.
-    Returns the finished games as (t, true score, length), and the share of steps without reward.
+    A truncated game is over, and gamma * max_a Q(last observation) joins its last reward.
+    Returns the finished games as (t, true score, length) and the share of steps without reward.
     """
     device = next(network.parameters()).device
     frames, rewards, games, num_rewards = rollout.frames, rollout.rewards, [], 0
@@ -202,7 +193,7 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
         torch.from_numpy(frames[t + 1]).copy_(torch.from_numpy(observations).permute(0, 2, 3, 1))  # numpy is slower
         num_rewards += np.count_nonzero(rewards[t])
         truncated = [i for i, info in enumerate(infos) if info.get("TimeLimit.truncated")]
-        if truncated:  # all games, or a compiled network would be compiled anew for every number of them
+        if truncated:  # all games, as a compiled network knows one batch size
             last = frames[t + 1].copy()
             last[truncated] = [infos[i]["terminal_observation"].transpose(1, 2, 0) for i in truncated]
             rewards[t, truncated] += gamma * q_values(last).max(1)[truncated]
@@ -212,10 +203,10 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
 
 
 def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args) -> list[float]:
-    """All updates of a rollout, whose `values` are used up.
+    """All updates of a rollout; its `values` are used up.
 
-    Every epoch has new targets, from the Q-values of acting or of the epoch before: only the last states take a pass
-    of their own. Returns means of loss, Q, target and gradient norm before clipping: not finite if one ever was not.
+    Every epoch has new targets, from Q-values of acting or of the epoch before: only the last states take a pass.
+    Returns means of loss, Q, target and gradient norm before clipping.
     """
     device = next(network.parameters()).device
     buffers = map(torch.from_numpy, vars(rollout).values())
@@ -243,11 +234,8 @@ def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, lr: float, rng
 def make_agent(args: Args, num_actions: int, device: torch.device) -> tuple[QNetwork, RAdam]:
     """Network and optimizer at the start of a training."""
     on_cuda = device.type == "cuda"
-    bf16 = args.bf16 == "on"
-    if args.bf16 == "auto" and on_cuda:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 == "auto" and device.type == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    has_bf16 = torch.cuda.is_bf16_supported(False) if on_cuda else torch.cpu.get_capabilities().get("avx512_bf16")
+    bf16 = args.bf16 == "on" or (args.bf16 == "auto" and bool(has_bf16))
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(args.seed)
         network = QNetwork(num_actions, bf16).to(device)
@@ -257,10 +245,9 @@ def make_agent(args: Args, num_actions: int, device: torch.device) -> tuple[QNet
 
 
 def train(args: Args, stop: list | tuple = ()) -> Path | None:
-    """Trains as `args` say, or until `stop` holds something; returns the run's folder. Raises UserError or OSError.
+    """Trains as `args` say, until `stop` holds something; returns the run's folder. Raises UserError, OSError.
 
-    In a process group (of torchrun) every process calls this and plays its share of the games. Rank 0 alone writes and
-    reports; the others return None.
+    In a process group every process calls this and plays its share of the games; rank 0 writes and reports.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_args(args, world_size)
@@ -268,11 +255,12 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
     batch_size = args.num_envs * args.num_steps
     exploration_steps = args.exploration_fraction * args.total_timesteps
     final_lr = 0.0 if args.anneal_lr else args.learning_rate
-    cores = joblib.cpu_count()  # more threads than these would slow PyTorch down a hundredfold
-    num_threads = min(args.num_threads, cores) or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    device, parent = choose_device(args.device), os.getppid()
+    cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_threads = min(args.num_threads or cores, cores)  # more would be a hundred times slower
+    device, parent, rollout = choose_device(args.device), os.getppid(), Rollout(args.num_steps, num_envs)
 
     def save_run() -> None:
+        writer.flush()
         save(run_dir / "best_model.pth", {"env_id": args.env_id, "global_step": global_step} | best)
         learned = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         save(run_dir / "checkpoint.pth", {"args": vars(args), "global_step": global_step, "recent": recent} | learned)
@@ -284,34 +272,33 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
-        # `recent` are the last 100 scores. Before there are so many, the best model is the one that learns.
         global_step, recent, best = 0, [], {"mean_return": -math.inf, "network": network.state_dict()}
         if args.resume:
             checkpoint = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
             global_step, recent = checkpoint["global_step"], checkpoint["recent"]
             if Path(args.resume, "best_model.pth").exists():
-                model = load(Path(args.resume, "best_model.pth"), MODEL)
-                best = model if model["mean_return"] > -math.inf else best
-        # DistributedDataParallel averages the gradients of all processes while the backward pass computes them.
+                best = load(Path(args.resume, "best_model.pth"), MODEL)
+        # Its backward pass averages the gradients of all processes.
         learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
-        rollout = Rollout(args.num_steps, num_envs)
         if rank == 0:
-            run_dir, log = stack.enter_context(open_run(args, global_step))
+            name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
+            run_dir = Path(args.resume or Path(args.log_dir, name))
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            stack.enter_context(FileLock(run_dir / ".lock", timeout=0))  # one process writes
+            writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # takes back what came later
+            stack.callback(writer.close)
             save_run()
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
             where = f"{world_size} x {device} in {'bfloat16' if network.bf16 else 'float32'}"
             say(f"PQN on {args.num_envs} games of {args.env_id} from step {global_step:,}, {where}: {run_dir}")
 
-        # Game i has the same seed whatever process plays it. A resumed run starts other games than it has played.
-        first_seed = int(np.random.default_rng([args.seed, global_step]).integers(2**31))
-        envs.seed(first_seed + rank * num_envs)
+        # Game i has the same seed whatever process plays it; a resumed run starts other games than before.
+        rng = np.random.default_rng([args.seed, global_step])
+        envs.seed(int(rng.integers(2**31)) + rank * num_envs)
         rollout.frames[-1] = envs.reset().transpose(0, 2, 3, 1)
-        if 0 < global_step <= args.total_timesteps - batch_size:
-            # Scatter them over all their stages: learning from first balls only would set the run back.
-            rng = np.random.default_rng([args.seed, global_step, rank, 1])
-            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
-            for _ in range(0 if stop else 16):
-                play(network, envs, rollout, [epsilon] * args.num_steps, args.gamma, rng)
+        # Scatter these over all stages: learning from first balls only would set the run back.
+        for _ in range(16 if 0 < global_step <= args.total_timesteps - batch_size else 0):
+            play(network, envs, rollout, [args.end_e] * args.num_steps, args.gamma, rng)
 
         first_step, start, stopped = global_step, time.monotonic(), False
         reported, checkpointed = -math.inf, start
@@ -336,54 +323,49 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             stopped = any(stops)
             loss, current_q, target_q, norm, sparse_reward_ratio = np.mean(means, axis=0).tolist()
             if not math.isfinite(loss + norm):
-                hint = "go on from the last checkpoint with --bf16 off, or train with a lower --learning-rate"
-                raise UserError(f"step {global_step:,}: the loss or a gradient is not finite; {hint}")
+                raise UserError(f"step {global_step:,}: not finite; --resume with --bf16 off, or lower --learning-rate")
             if rank > 0:
                 continue
             for t, score, length in sum(games, []):
                 recent = [*recent[-99:], score]
-                log(steps[t], {"charts/episodic_return": score, "charts/episodic_length": length})
+                writer.add_scalar("charts/episodic_return", score, steps[t])
+                writer.add_scalar("charts/episodic_length", length, steps[t])
             score, now = float(np.mean(recent or math.nan)), time.monotonic()
             sps = (global_step - first_step) / (now - start)
             scalars = {"charts/SPS": sps, "charts/epsilon": epsilons[-1], "charts/learning_rate": lr}
             scalars |= {"charts/sparse_reward_ratio": sparse_reward_ratio}
             scalars |= {"losses/td_loss": loss, "losses/current_q": current_q, "losses/target_q": target_q}
-            log(global_step, scalars)
-            if len(recent) == 100 and score > best["mean_return"]:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+            mean_return = score if len(recent) == 100 else -math.inf  # until then the last is best
+            if mean_return >= best["mean_return"]:
                 weights = {name: weight.clone() for name, weight in network.state_dict().items()}
-                best = {"global_step": global_step, "mean_return": score, "network": weights}
+                best = {"global_step": global_step, "mean_return": mean_return, "network": weights}
             if recent and now - reported > 30:
-                rates = f"epsilon {epsilons[-1]:.3f}, learning rate {lr:.2g}, {sps:.0f} steps/s"
-                say(f"step {global_step:,} of {args.total_timesteps:,}: score {score:.1f}, {rates}")
+                progress = f"step {global_step:,} of {args.total_timesteps:,}: score {score:.1f}"
+                say(f"{progress}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s")
                 reported = now
             if now - checkpointed > 60 * args.checkpoint_minutes:
-                try:
-                    save_run()
-                except OSError as error:
-                    say(f"{error}; training goes on")
+                save_run()
                 checkpointed = now
 
         if rank > 0:
             return None
         save_run()
         score = f"score {np.mean(recent):.1f}" if recent else "no game is over yet"
-        say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}")
-        if stopped:
-            say(f"to go on: python pqn_breakout.py --resume {run_dir}")
-        else:
-            say(f"to watch it play: python evaluate.py --model {run_dir / 'best_model.pth'}")
+        hint = f"pqn_breakout.py --resume {run_dir}" if stopped else f"evaluate.py --model {run_dir / 'best_model.pth'}"
+        say(f"step {global_step:,} after {(time.monotonic() - start) / 60:.1f} minutes: {score}; next: python {hint}")
         return run_dir
 
 
 # --- Environments ---
 class AtariVecEnv(VecEnv):
-    """ALE's native vector environment as a Stable-Baselines3 `VecEnv`, with what learning on Atari needs.
+    """ALE's native vector environment as a Stable-Baselines3 `VecEnv`.
 
     - Observations are uint8 `(num_envs, 4, 84, 84)`: grayscale, pooled over two frames, the newest last.
     - A lost life is a termination (`done`, with `terminal_observation`), but the game goes on.
-    - FIRE is the first action of a game and of every life, where there is one: it serves Breakout's ball.
-      `infos[i]["action"]` tells when that was not the caller's action.
-    - Rewards are clipped to their sign; `infos[i]["episode"]` has a whole game's true score `r` and steps `l`.
+    - FIRE, which serves a ball, is the first action of every life; `infos[i]["action"]` tells of it.
+    - Rewards are clipped to their sign; `infos[i]["episode"]` has a game's true score `r` and steps `l`.
     """
 
     def __init__(self, spec, num_envs: int, frame_skip: int, noop_max: int, num_threads: int):
@@ -401,32 +383,25 @@ class AtariVecEnv(VecEnv):
         return [ale_py.Action(action).name for action in self.envs.ale.get_action_set()]
 
     def reset(self) -> np.ndarray:
-        if self.requested is not None:  # a step that nobody waited for
-            self.envs.recv()
-            self.requested = None
         seeds = [-1 if seed is None else seed % 2**31 for seed in self._seeds]  # -1 keeps the generator
         observations, info = self.envs.reset(seed=np.array(seeds))
         self._reset_seeds()
         self._reset_options()
         self.lives, self.new_life = info["lives"], np.ones(self.num_envs, dtype=bool)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
-        self.start = time.time()
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
-        actions = np.asarray(actions)
-        integers = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
-        if not (integers and 0 <= actions.min() <= actions.max() < self.action_space.n):  # ALE would never answer
-            raise ValueError(f"actions {actions}: must be {self.num_envs} integers below {self.action_space.n}")
-        self.requested = actions.astype(np.int64)
-        self.actions = self.requested if self.fire is None else np.where(self.new_life, self.fire, self.requested)
-        self.envs.send(self.actions)
+        self.requested = actions
 
     def step_wait(self):
-        if self.requested is None:
-            raise ValueError("step_wait: must follow step_async")
         requested, self.requested = self.requested, None
-        observations, rewards, terminated, truncated, info = self.envs.recv()
+        if np.shape(requested) != (self.num_envs,) or not np.isin(requested, range(self.action_space.n)).all():
+            raise ValueError(f"actions {requested}: must be {self.num_envs} integers below {self.action_space.n}")
+        actions = np.array(requested, dtype=np.int64)
+        if self.fire is not None:
+            actions[self.new_life] = self.fire
+        observations, rewards, terminated, truncated, info = self.envs.step(actions)
         lives_before, self.lives = self.lives, info["lives"]
         over = terminated | truncated
         done = over | ((self.lives > 0) & (self.lives < lives_before))
@@ -435,14 +410,13 @@ class AtariVecEnv(VecEnv):
         infos = []
         for i in range(self.num_envs):
             infos.append({"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])})
-            if self.actions[i] != requested[i]:
-                infos[i]["action"] = int(self.actions[i])
+            if actions[i] != requested[i]:
+                infos[i]["action"] = int(actions[i])
             if done[i]:
                 infos[i]["terminal_observation"] = info["final_obs"][i] if over[i] else observations[i]
-            if over[i]:  # ALE has begun the next game: `observations` and `lives` are its first
+            if over[i]:  # `observations` and `lives` are the next game's
                 infos[i]["lives"] = int(lives_before[i]) if truncated[i] else 0
-                score, length, seconds = float(self.returns[i]), int(self.lengths[i]), time.time() - self.start
-                infos[i]["episode"] = {"r": score, "l": length, "t": round(seconds, 6)}
+                infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i])}
         self.new_life, self.returns[over], self.lengths[over] = done.copy(), 0, 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
 
@@ -459,27 +433,18 @@ class AtariVecEnv(VecEnv):
         return [getattr(self, method_name)(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class, indices=None) -> list[bool]:
-        # SB3's evaluate_policy asks whether `infos` carry what Monitor would report: they do.
-        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
-
-
-def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The gymnasium spec of an Atari game; UserError names the nearest ids for any other id."""
-    games = {name: spec for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"}
-    if env_id not in games:
-        nearest = difflib.get_close_matches(env_id, games) or ["BreakoutNoFrameskip-v4"]
-        raise UserError(f"--env-id {env_id}: no Atari game of ale-py; ids like it: {', '.join(nearest)}")
-    return games[env_id]
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]  # `infos` carry what it reports
 
 
 def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=30, num_threads=0) -> VecEnv:
-    """A Stable-Baselines3 `VecEnv` of `num_envs` games, uint8 `(num_envs, 4, 84, 84)`; game i starts from `seed + i`.
+    """A Stable-Baselines3 `VecEnv`, uint8 `(num_envs, 4, 84, 84)`; game i starts from `seed + i`. Raises UserError.
 
-    `native` is `AtariVecEnv`; `sb3` is Stable-Baselines3's own pipeline, which plays frames that the agent never sees
-    (FIRE at a reset, a no-op after a lost life) and counts a game's length in frames. Raises UserError.
+    The pipeline `sb3` plays frames that the agent never sees: FIRE at a reset, a no-op after a lost life.
     """
-    spec = atari_spec(env_id)
-    skip = spec.kwargs["frameskip"]  # 1, as of "NoFrameskip", leaves it to the preprocessing: 4, by convention
+    spec = gym.registry.get(env_id)
+    if spec is None or spec.entry_point != "ale_py.env:AtariEnv":
+        raise UserError(f"--env-id {env_id}: no Atari game, as BreakoutNoFrameskip-v4 or ALE/Pong-v5 are")
+    skip = spec.kwargs["frameskip"]  # 1, of "NoFrameskip", leaves it to the preprocessing: 4
     inner, outer = (1, 4 if skip == 1 else skip) if isinstance(skip, int) else (skip, 1)
     if vec_env == "native" and inner == 1:
         venv = AtariVecEnv(spec, num_envs, outer, noop_max, num_threads)
@@ -497,18 +462,16 @@ class UserError(Exception):
     """Something the user can mend, told in one line."""
 
 
-# What the files of a run hold, and of which type.
 CHECKPOINT = {"args": dict, "global_step": int, "recent": list, "network": dict, "optimizer": dict}
 MODEL = {"env_id": str, "mean_return": float, "network": dict}
 
 
 def save(path: Path, content: dict) -> None:
     """Writes beside `path` and renames over it: at every instant a whole file is there. Raises OSError."""
-    data, beside = io.BytesIO(), path.with_name(path.name + ".new")
-    torch.save(content, data)
+    beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
-            file.write(data.getbuffer())
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -518,65 +481,26 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, kinds: dict[str, type], network: QNetwork | None = None, optimizer: RAdam | None = None) -> dict:
-    """The content of a file of `save`, read as data and never executed; its weights go into network and optimizer.
+    """What `save` wrote, read as data and never executed; its weights go into network and optimizer.
 
-    UserError unless the file is whole, holds what `kinds` name, of these types, and fits network and optimizer.
+    UserError unless the file is whole, holds what `kinds` say, and fits network and optimizer.
     """
     try:
         with zipfile.ZipFile(path if path.is_file() else "") as file:  # a device would never end
-            inflated = sum(entry.file_size for entry in file.infolist()) > path.stat().st_size
-            damaged = inflated or file.testzip()  # torch.load would not look at the check sums
+            damaged = any(entry.compress_type for entry in file.infolist()) or file.testzip()  # torch.load asks neither
         content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
         fits = isinstance(content, dict) and all(isinstance(content[name], kind) for name, kind in kinds.items())
-        fits = fits and all(bool(weight.isfinite().all()) for weight in content["network"].values())
+        if not fits or not all(weight.isfinite().all() for weight in content["network"].values()):
+            raise ValueError
         if network:
             network.load_state_dict(content["network"])
         if optimizer:
             optimizer.load_state_dict(content["optimizer"])
-            for weight, state in optimizer.state.items():  # the fused kernel would trust in these shapes
-                fits &= state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:  # whatever an unpickler makes of bytes that are not ours
-        fits = False
-    if not fits:
-        raise UserError(f"{path}: damaged, not a file of this program, or of another network")
+        raise UserError(f"{path}: damaged, not a file of this program, or of another network") from None
     return content
-
-
-@contextlib.contextmanager
-def open_run(args: Args, global_step: int):
-    """The run's folder, kept for this process; yields it and `log(step, {tag: value})`."""
-    name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or Path(args.log_dir, name))
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    lock = FileLock(run_dir / ".lock")  # the system lifts it with the process, however that ends
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"--resume {run_dir}: a live run is using this folder") from None
-    except (OSError, NotImplementedError) as error:  # some network mounts
-        say(f"{run_dir}: cannot be locked against a second run: {error}")
-    # SummaryWriter's thread would end with a full disk; this buffer keeps what cannot be written yet.
-    events = (run_dir / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}").open("wb", buffering=2**20)
-
-    def write(**content) -> None:
-        with contextlib.suppress(OSError):
-            RecordWriter(events).write(Event(wall_time=time.time(), **content).SerializeToString())
-            events.flush()
-
-    def log(step: int, scalars: dict[str, float]) -> None:
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        write(step=step, summary=Summary(value=values))
-
-    write(file_version="brain.Event:2")
-    write(step=global_step + 1, session_log=SessionLog(status=SessionLog.START))  # takes back what came later
-    try:
-        yield run_dir, log
-    finally:
-        lock.release()
-        with contextlib.suppress(OSError):
-            events.close()
 
 
 def say(line: str) -> None:
@@ -591,26 +515,23 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(accelerator if name == "auto" else name)
         if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: a device for every process
-            if torch.accelerator.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-                raise UserError(f"--device {name}: this machine has fewer of them than processes")
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise UserError(f"--device {name}: no such device on this machine; cpu and auto always work") from None
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(f"--device {name}: no such device here; cpu and auto always work") from None
     return device
 
 
 def parse(args_class, **options):
-    """`tyro.cli`, with its framed error messages brought down to one line."""
-    message = io.StringIO()
+    """`tyro.cli`, but errors are one line instead of a frame."""
+    frame = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(frame):
             return tyro.cli(args_class, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        # The message stands between the frame's top and its first rule, in ASCII where the console has nothing else.
-        words = re.split(r"[-─]{4,}", re.sub("[│╭╮╰╯]", " ", message.getvalue()))[1].split()
+        words = re.sub("[│╭╮╰╯]", " ", re.split("[-─]{4,}", frame.getvalue())[1]).split()
         raise UserError(f"{' '.join(words).rstrip('.')}; --help lists the options") from None
 
 
@@ -626,20 +547,15 @@ def check_args(args: Args, world_size: int) -> None:
     """UserError for what nothing can be trained with, before any work is done."""
     check_bounds(args)
     rollout = args.num_envs * args.num_steps
-    steps = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {rollout} steps"
+    size = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
     if args.num_envs % world_size or rollout // world_size % args.num_minibatches:
-        raise UserError(f"{steps}: must divide into {world_size} processes x --num-minibatches {args.num_minibatches}")
+        raise UserError(f"{size}: must divide into {world_size} processes x --num-minibatches {args.num_minibatches}")
     if args.total_timesteps < rollout:
-        raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {steps}")
-    if rollout * 4 * 84 * 84 > psutil.virtual_memory().total:
-        raise UserError(f"{steps}: need {rollout * 4 * 84 * 84 / 1e9:.0f} GB, more than this machine's memory")
+        raise UserError(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size}")
 
 
 def run_command(command) -> None:
-    """Calls `command(stop)` as a program of the command line does, and exits; an error is one line.
-
-    The first SIGINT, SIGTERM or SIGHUP puts its number into `stop`, the second ends the process.
-    """
+    """Calls `command(stop)` and exits; a first signal joins the list `stop`, a second one ends the process."""
     stop = []
 
     def request_stop(number: int, _) -> None:
@@ -649,52 +565,35 @@ def run_command(command) -> None:
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup and a script's &
             signal.signal(number, request_stop)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or io.TextIOWrapper(io.BytesIO())  # None where the parent has closed it
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
+    if sys.stdout:  # None where the parent has closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
     try:
         command(stop)
         sys.exit(128 + stop[0] if stop else 0)
-    except (UserError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # of torchrun: a machine's first process says the same
-            sys.exit(1)
+    except (UserError, OSError, MemoryError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     finally:
-        sys.stdout = None  # what it could not take before is not tried again
-
-
-def read_args() -> Args:
-    """The command line's arguments; of a run to resume its own, but for those that do not change what it learns."""
-    args = parse(Args)
-    if args.resume is None:
-        return args
-    own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
-    own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
-    own = vars(Args(**{name: own[name] for name in own.keys() & vars(args).keys()}))  # older runs had others
-    args = parse(Args, default=Args(**own))
-    for name in own.keys() - {"total_timesteps", "device", "bf16", "num_threads", "compile", "checkpoint_minutes"}:
-        if getattr(args, name) != own[name]:
-            raise UserError(f"--resume {args.resume}: its {name} {own[name]} cannot become {getattr(args, name)}")
-    if args.total_timesteps > own["total_timesteps"]:  # exploration that is over stays over
-        args.exploration_fraction *= own["total_timesteps"] / args.total_timesteps
-    return args
+        sys.stdout = None  # what it could not take is not tried again
 
 
 def main(stop: list[int]) -> None:
-    args = read_args()
+    """Trains as the command line says; a resumed run keeps its arguments, but for those given anew."""
+    args = parse(Args)
+    if args.resume is not None:
+        own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
+        own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
+        args = parse(Args, default=Args(**own))
+    if "RANK" not in os.environ:
+        train(args, stop)
+        return
+    dist.init_process_group()  # of torchrun
     try:
-        if "RANK" in os.environ:  # of torchrun
-            dist.init_process_group()
         train(args, stop)
     except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
         sys.exit(f"process {dist.get_rank()} lost another one, or failed: {str(error).splitlines()[0]}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Runs: their files, what they leave and show, stopping and resuming them, what can go wrong, what they refuse."""
 
-import dataclasses
 import io
 import json
 import math
@@ -27,7 +26,7 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pqn_breakout
-from pqn_breakout import CHECKPOINT, MODEL, Args, AtariVecEnv, QNetwork, RAdam, UserError, load, save, train
+from pqn_breakout import CHECKPOINT, MODEL, Args, AtariVecEnv, QNetwork, UserError, load, save, train
 
 PROGRAM = Path(pqn_breakout.__file__)
 BREAKOUT = gym.registry["BreakoutNoFrameskip-v4"]
@@ -212,16 +211,6 @@ def test_files_without_an_end_or_that_inflate_are_refused_before_they_are_read(m
     signal.alarm(0)
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
-def test_an_optimizer_state_of_other_shapes_than_the_network_is_refused(run_dir, key):
-    network, content = QNetwork(4), checkpoint_of(run_dir)
-    assert not is_refused(run_dir / "checkpoint.pth", CHECKPOINT, network, RAdam(network.parameters()))
-    moments = content["optimizer"]["state"][8]
-    moments[key] = moments[key][..., :-1].clone()
-    save(run_dir / "checkpoint.pth", content)
-    assert is_refused(run_dir / "checkpoint.pth", CHECKPOINT, network, RAdam(network.parameters()))
-
-
 # --- What a run leaves and shows ---
 
 
@@ -255,8 +244,8 @@ def test_a_run_reports_every_30_seconds_and_saves_every_checkpoint_minutes(cli, 
     on_step(tick)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     code, out = cli(*flags(**TINY | {"total_timesteps": 80, "checkpoint_minutes": 0.5, "log_dir": tmp_path}))
-    start, *progress, end, hint = out.splitlines()
-    assert code == 0 and str(run_in(tmp_path)) in start and "step 80" in end and "evaluate.py" in hint
+    start, *progress, end = out.splitlines()
+    assert code == 0 and str(run_in(tmp_path)) in start and "step 80" in end and "evaluate.py --model" in end
     lines = [re.match("step ([0-9]+) of 80: score 7.0, epsilon 0.[0-9]+", line) for line in progress]
     assert [line[1] for line in lines] == ["8", "32", "56", "80"]
     assert saved == {0, 24, 48, 72, checkpoint_of(run_in(tmp_path))["global_step"]}
@@ -324,28 +313,18 @@ def test_a_finished_run_that_is_resumed_changes_nothing_but_a_missing_best_model
     assert run_dir.parent.stat().st_mtime_ns == parent_before  # nothing was made beside it: it may be read-only
 
 
-FREE = {"total_timesteps": 120, "device": "auto", "num_threads": 2, "bf16": "on", "checkpoint_minutes": 7.0}
-FIXED = {"env_id": "PongNoFrameskip-v4", "seed": 2, "learning_rate": 0.1, "num_envs": 4, "num_steps": 8}
-FIXED |= {"num_minibatches": 2, "update_epochs": 1, "gamma": 0.5, "q_lambda": 0.5, "start_e": 0.5, "end_e": 0.5}
-FIXED |= {"exploration_fraction": 0.1, "max_grad_norm": 1.0, "vec_env": "sb3", "log_dir": "other"}
-
-
-def test_only_what_does_not_change_learning_may_be_given_anew(run_dir, cli):
-    assert {*FREE, *FIXED, "anneal_lr", "compile", "resume"} == {field.name for field in dataclasses.fields(Args)}
-    content = checkpoint_of(run_dir)
-    content["args"]["weight_decay"] = content["args"].pop("q_lambda")  # of a version that had other options
-    save(run_dir / "checkpoint.pth", content)
+def test_a_resumed_run_keeps_its_arguments_but_for_those_given_anew(run_dir, cli):
+    own = checkpoint_of(run_dir)["args"]
+    given = {"total_timesteps": 56, "num_threads": 2, "bf16": "on", "learning_rate": 0.1, "checkpoint_minutes": 7.0}
+    code, out = cli("--resume", run_dir, *flags(**given), "--log-dir", "nowhere")
+    expected = own | given | {"resume": str(run_dir), "log_dir": "nowhere"}
+    assert code == 0 and "bfloat16" in out and checkpoint_of(run_dir)["args"] == expected
+    assert json.loads((run_dir / "args.json").read_text()) == expected
+    assert steps_of(run_dir) == list(range(8, 57, 8))
     before = snapshot(run_dir)
-    for name, value in FIXED.items():
-        code, _ = cli("--resume", run_dir, *flags(**{name: value}))
-        assert is_error(code, str(value)) and name in code.replace("-", "_")
-    assert is_error(cli("--resume", run_dir, "--no-anneal-lr")[0], "anneal")
+    assert is_error(cli("--resume", run_dir, "--gamma", 2)[0], "--gamma")
+    assert is_error(cli("--resume", run_dir, "--env-id", "PongNoFrameskip-v4")[0], "another network")
     assert snapshot(run_dir) == before
-    code, out = cli("--resume", run_dir, *flags(**FREE))
-    assert code == 0 and "bfloat16" in out and FREE.items() <= checkpoint_of(run_dir)["args"].items()
-    # Exploration that is over stays over, however much longer the run becomes.
-    epsilons = [max(0.01, 1 - 0.99 * step / 20) for step in range(8, 121, 8)]
-    assert [epsilon for _, epsilon in curve(run_dir, "charts/epsilon")] == pytest.approx(epsilons)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "best_model.pth"])
@@ -360,7 +339,7 @@ def test_a_folder_in_use_is_refused(on_step, monkeypatch, tmp_path):
     def start_another(number, *_):
         if number == 6:
             before = snapshot(tmp_path)
-            with pytest.raises(UserError, match="live run is using"):
+            with pytest.raises(OSError, match=r"\.lock"):
                 train(Args(**TINY, resume=str(run_in(tmp_path))))
             with pytest.raises(OSError, match=run_in(tmp_path).name):
                 train(Args(**TINY, log_dir=str(tmp_path)))
@@ -371,13 +350,6 @@ def test_a_folder_in_use_is_refused(on_step, monkeypatch, tmp_path):
     run_dir = train(Args(**TINY, log_dir=str(tmp_path)))
     assert steps_of(run_dir) == FIVE_ROLLOUTS
     FileLock(run_dir / ".lock").acquire(blocking=False).lock.release()
-
-
-def test_where_locks_do_not_work_a_line_says_so_and_training_goes_on(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=OSError(37, "No locks available")))
-    assert steps_of(train(Args(**TINY, log_dir=str(tmp_path)))) == FIVE_ROLLOUTS
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "No locks" in line]
-    assert str(tmp_path) in line and "resume" not in line
 
 
 def test_only_a_better_mean_of_100_games_replaces_a_best_model(on_step, cli, tmp_path):
@@ -436,15 +408,6 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(on_step, cli, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@LINUX
-def test_ctrl_c_while_the_program_loads_is_no_traceback():
-    process = subprocess.Popen([sys.executable, PROGRAM, "--help"], env=ENVIRON, stderr=subprocess.PIPE)
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
-
-
 AS_ON_WINDOWS = """
 import os, runpy, signal, sys
 vars(signal).pop("SIGHUP", None)
@@ -463,7 +426,7 @@ def test_without_posix_and_without_unicode_the_program_works(tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("streams", [">&- 2>&-", "| head -1"])
+@pytest.mark.parametrize("streams", [">&-", "| head -1"])
 def test_what_the_standard_streams_cannot_take_stops_no_training(tmp_path, streams):
     command = f'"{sys.executable}" "{PROGRAM}" {" ".join(flags(**TINY))} {streams}'
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, env=ENVIRON, capture_output=True)
@@ -515,32 +478,32 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_told_and_checkpoints_and_curves_come_again_with_room(on_step, cli, full_disk, tmp_path):
-    def hook(number, *_):
-        full_disk(10 <= number < 30)
-        if number in (30, 35):
-            assert checkpoint_of(run_in(tmp_path))["global_step"] == (16 if number == 30 else 64)
-            assert not list(tmp_path.glob("*/*.new"))
-
-    on_step(hook)
-    code, out = cli(*flags(**TINY | OFTEN | {"total_timesteps": 80, "log_dir": tmp_path}))
-    assert code == 0 and sum("best_model.pth" in line for line in out.splitlines()[:-1]) == 5
-    assert checkpoint_of(run_in(tmp_path))["global_step"] == 80
-    assert steps_of(run_in(tmp_path)) == list(range(8, 81, 8))
-
-
-def test_a_full_disk_at_the_start_or_the_end_is_an_error_in_one_line(on_step, cli, full_disk, run_dir, tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on_from_its_checkpoint(
+    on_step, cli, full_disk, run_dir, tmp_path
+):
     before = {path: data for path, data in snapshot(run_dir).items() if path.suffix in (".pth", ".json")}
     full_disk(True)
     codes = cli(*flags(**TINY), "--log-dir", tmp_path / "logs")[0], cli("--resume", run_dir, "--total-timesteps", 48)[0]
     full_disk(False)  # before pytest itself writes a word
-    assert is_error(codes[0], str(tmp_path / "logs")) and is_error(codes[1], str(run_dir))
-    assert before.items() <= snapshot(run_dir).items()
+    assert all(is_error(code, "too large") for code in codes) and before.items() <= snapshot(run_dir).items()
     on_step(lambda number, *_: full_disk(number >= 10))
     code, _ = cli(*flags(**TINY | OFTEN | {"log_dir": tmp_path / "others"}))
     full_disk(False)
-    assert is_error(code, ".pth")
+    assert is_error(code, "too large") and not list(tmp_path.glob("others/*/*.new"))
     assert checkpoint_of(run_in(tmp_path / "others"))["global_step"] == 16
+    on_step(lambda *_: None)
+    assert cli("--resume", run_in(tmp_path / "others"))[0] == 0
+    assert steps_of(run_in(tmp_path / "others")) == FIVE_ROLLOUTS
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(full_disk, tmp_path):
+    save(tmp_path / "model.pth", CONTENT)
+    full_disk(True)
+    with pytest.raises(OSError, match=r"model\.pth"):
+        save(tmp_path / "model.pth", CONTENT | {"number": 2})
+    full_disk(False)
+    assert load(tmp_path / "model.pth", KINDS)["number"] == 1 and os.listdir(tmp_path) == ["model.pth"]
 
 
 # --- The command line ---
