@@ -47,8 +47,6 @@ class Args:
 
 
 # --- Models and games ---
-
-
 def find_model() -> Path:
     """The newest run's best model under ./logs, or else the best Breakout player that comes with the program."""
     runs = [path for path in Path("logs").glob("*/best_model.pth") if path.parent.name != "reference"]
@@ -163,8 +161,6 @@ def play(network, env_id: str, episodes: int, epsilon: float, seed: int, watch=N
 
 
 # --- Pictures ---
-
-
 class Panel:
     """Draws what the network thinks: the value of the state over the last steps, and a bar for each action: how much
     better than the worst one it is, on the scale of the last second, so that close values can be told apart."""
@@ -293,8 +289,6 @@ class Video:
 
 
 # --- Main ---
-
-
 def report(args: Args, env_id: str, path: Path, games: dict[int, tuple[float, int]]) -> None:
     returns, lengths = zip(*(games[number] for number in sorted(games)), strict=True)
     about = {"env_id": env_id, "model": str(path), "episodes": len(games), "epsilon": args.epsilon, "seed": args.seed}

@@ -17,9 +17,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 import pqn_breakout
 from pqn_breakout import Args, QNetwork, RAdam, Rollout, epsilon_greedy, learn, linear_schedule, play, train
 
+
 # --- Targets, exploration, optimizer ---
-
-
 def returns_by_definition(rewards, next_values, dones, gamma, q_lambda):
     """The lambda-return as what it stands for: the mix of all n-step returns that stay inside the episode."""
     num_steps, num_envs = rewards.shape
@@ -86,8 +85,6 @@ def test_radam_makes_the_steps_of_torch_radam():
 
 
 # --- Network ---
-
-
 def random_frames(*shape):
     return torch.randint(0, 256, (*shape, 4, 84, 84), dtype=torch.uint8)
 
@@ -123,8 +120,6 @@ def test_network_normalises_over_channels_at_each_position_and_bfloat16_stays_cl
 
 
 # --- Playing and learning ---
-
-
 class Corridor:
     """Rooms 0, 1, 2 in a row. Action 1 walks on and is worth 1 behind the last room; action 0 leaves with 0.5; action 2
     leaves with -0.5. Nearly every walk is cut short by a time limit on entering room 2. Game 0 always walks.
@@ -239,16 +234,12 @@ def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_no
     assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_single_loss_or_gradient_that_is_not_finite_shows_in_what_learn_returns(broken):
-    rollout, network, factors = random_rollout(), QNetwork(4), iter([1.0] * 8 + [np.inf])
-    optimizer = RAdam(network.parameters())
-    if broken == "loss":
-        rollout.rewards[3, 2] = 1e30  # its square is too much for float32
-    else:
-        network.fc2.bias.register_hook(lambda gradient: gradient * next(factors))  # in the last update
-    loss, *_, norm = learn(network, optimizer, rollout, 1e-9, np.random.default_rng(0), Args(**SMALL))
-    assert not np.isfinite(norm) and np.isfinite(loss) == (broken == "gradient")
+def test_a_single_gradient_that_is_not_finite_shows_in_what_learn_returns():
+    network, factors = QNetwork(4), iter([1.0] * 8 + [np.inf])
+    network.fc2.bias.register_hook(lambda gradient: gradient * next(factors))  # in the last update
+    optimizer, rng = RAdam(network.parameters()), np.random.default_rng(0)
+    loss, *_, norm = learn(network, optimizer, random_rollout(), 1e-9, rng, Args(**SMALL))
+    assert np.isfinite(loss) and not np.isfinite(norm)
 
 
 class Table(torch.nn.Linear):
@@ -280,8 +271,6 @@ def test_training_learns_what_the_corridor_is_worth(monkeypatch, tmp_path, q_lam
 
 
 # --- Devices ---
-
-
 class StandIn(TorchDispatchMode):
     """A device without kernels: its tensors are PyTorch's fake ones, of a shape and a type but without numbers.
 

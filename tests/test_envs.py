@@ -34,8 +34,6 @@ FROGGER = register("Frogger-v0", "ALE/Frogger-v5", repeat_action_probability=0.0
 
 
 # --- The truth: the bare emulator ---
-
-
 class Emulator:
     """One game on the bare `ALEInterface`, with Atari's preprocessing written out."""
 
@@ -205,8 +203,6 @@ def test_a_game_over_at_the_frame_limit_is_not_a_truncation():
 
 
 # --- Seeds and ids ---
-
-
 @pytest.mark.parametrize("env_id, noop_max", [(SHORT_PACMAN, 30), ("ALE/Breakout-v5", 0)], ids=["no-ops", "sticky"])
 def test_chance_in_game_i_is_that_of_seed_plus_i_and_goes_on_at_a_reset_and_in_the_next_game(env_id, noop_max):
     def trajectory(env):
@@ -257,8 +253,6 @@ def test_an_environment_that_cannot_be_made_is_the_users_error(env_id, vec_env, 
 
 
 # --- A VecEnv, and Stable-Baselines3 ---
-
-
 @pytest.mark.parametrize("vec_env", ["native", "sb3"])
 def test_it_is_a_vec_env_with_its_shapes_types_attributes_and_methods(vec_env):
     env = make_env(BREAKOUT, 3, 1, vec_env)

@@ -132,7 +132,6 @@ def run_dir(finished, tmp_path) -> Path:
 
 
 # --- Files ---
-
 CONTENT = {"number": 1, "network": {"w": torch.arange(6.0), "zeros": torch.zeros(9999)}, "recent": [2.0]}
 KINDS = {"number": int, "network": dict}
 
@@ -146,12 +145,15 @@ def is_refused(path, kinds=KINDS, *objects) -> bool:
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_process_killed_while_writing_leaves_the_old_file(monkeypatch, tmp_path, function):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit()])  # the latter as if killed
+def test_a_write_that_fails_or_is_killed_leaves_the_old_file(monkeypatch, tmp_path, function, error):
     save(tmp_path / "model.pth", CONTENT)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, function, Mock(side_effect=SystemExit))  # like SIGKILL, nothing of the program handles it
+    with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+        patch.setattr(os, function, Mock(side_effect=error))
         save(tmp_path / "model.pth", CONTENT | {"number": 2})
     assert load(tmp_path / "model.pth", KINDS)["number"] == 1
+    if isinstance(error, OSError):
+        assert "model.pth" in str(raised.value) and os.listdir(tmp_path) == ["model.pth"]
     on_disk, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), on_disk.append(os.fstat(file).st_size)))
     save(tmp_path / "model.pth", CONTENT | {"number": 3})
@@ -205,15 +207,11 @@ def test_files_without_an_end_or_that_inflate_are_refused_before_they_are_read(m
         for entry in plain.infolist():
             bomb.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
     assert torch.load(tmp_path / "bomb.pth")["number"] == 1
-    os.mkfifo(tmp_path / "fifo")
-    signal.alarm(20)  # or it would be read for ever
+    os.mkfifo(tmp_path / "fifo")  # whoever reads it waits for ever
     assert all(map(is_refused, (tmp_path / "bomb.pth", tmp_path / "fifo", Path("/dev/zero"))))
-    signal.alarm(0)
 
 
 # --- What a run leaves and shows ---
-
-
 def test_a_run_leaves_curves_models_and_arguments(monkeypatch, tmp_path):
     networks, frames = [], torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     monkeypatch.setattr(pqn_breakout, "QNetwork", lambda *args: networks.append(QNetwork(*args)) or networks[-1])
@@ -276,8 +274,6 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
 
 
 # --- Resuming ---
-
-
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(on_step, cli, tmp_path):
     settings = TINY | {"env_id": CUT_BREAKOUT, "learning_rate": 1e-3, "exploration_fraction": 1.0}
     on_step(lambda number, *_: number == 71 and os.kill(os.getpid(), signal.SIGINT))
@@ -303,14 +299,12 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(on_step, cli, tmp_path
 
 def test_a_finished_run_that_is_resumed_changes_nothing_but_a_missing_best_model(finished, run_dir, cli):
     (run_dir / "best_model.pth").unlink()
-    parent_before = run_dir.parent.stat().st_mtime_ns
     code, out = cli("--resume", run_dir)
     assert code == 0 and "step 40" in out
     before, after = checkpoint_of(finished), checkpoint_of(run_dir)
     assert all(same(before[key], after[key]) for key in ("network", "optimizer", "recent", "global_step"))
     assert same(load(run_dir / "best_model.pth", MODEL)["network"], before["network"])
     assert steps_of(run_dir) == FIVE_ROLLOUTS
-    assert run_dir.parent.stat().st_mtime_ns == parent_before  # nothing was made beside it: it may be read-only
 
 
 def test_a_resumed_run_keeps_its_arguments_but_for_those_given_anew(run_dir, cli):
@@ -366,8 +360,6 @@ def test_only_a_better_mean_of_100_games_replaces_a_best_model(on_step, cli, tmp
 
 
 # --- Signals and the process around ---
-
-
 def test_a_run_killed_again_and_again_ends_with_one_whole_curve(cli, tmp_path):
     settings = TINY | {"total_timesteps": 10**6, "checkpoint_minutes": 0.001, "log_dir": tmp_path}
     argv, step = flags(**settings), 0
@@ -426,9 +418,8 @@ def test_without_posix_and_without_unicode_the_program_works(tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("streams", [">&-", "| head -1"])
-def test_what_the_standard_streams_cannot_take_stops_no_training(tmp_path, streams):
-    command = f'"{sys.executable}" "{PROGRAM}" {" ".join(flags(**TINY))} {streams}'
+def test_a_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    command = f'"{sys.executable}" "{PROGRAM}" {" ".join(flags(**TINY))} | head -1'
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, env=ENVIRON, capture_output=True)
     assert (result.returncode, result.stderr) == (0, b"")
     assert checkpoint_of(run_in(tmp_path / "logs"))["global_step"] == 40
@@ -439,7 +430,6 @@ def test_train_leaves_the_program_that_calls_it_as_it_was(tmp_path):
         hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, sys.stdout, sys.stderr
         return hooks, list(map(signal.getsignal, SIGNALS)), torch.get_num_threads(), threading.active_count()
 
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     before, random_before, start = state(), torch.get_rng_state(), time.monotonic()
     for name in ("vec_env", "env_id", "device"):
         with pytest.raises(UserError, match="nonsense"):
@@ -450,13 +440,9 @@ def test_train_leaves_the_program_that_calls_it_as_it_was(tmp_path):
     whole = train(Args(**TINY, log_dir=str(tmp_path)))
     assert [checkpoint_of(run_dir)["global_step"] for run_dir in (stopped, whole)] == [8, 40]
     assert state() == before and torch.equal(torch.get_rng_state(), random_before)
-    child.communicate(b"\n")
-    assert child.returncode == 0
 
 
 # --- What goes wrong on the way ---
-
-
 def test_a_gradient_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(on_step, cli, tmp_path):
     settings = TINY | {"total_timesteps": 24, "exploration_fraction": 20 / 24, "anneal_lr": False}
     good = train(Args(**settings, log_dir=str(tmp_path / "good")))
@@ -497,17 +483,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on_from_its_ch
     assert steps_of(run_in(tmp_path / "others")) == FIVE_ROLLOUTS
 
 
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(full_disk, tmp_path):
-    save(tmp_path / "model.pth", CONTENT)
-    full_disk(True)
-    with pytest.raises(OSError, match=r"model\.pth"):
-        save(tmp_path / "model.pth", CONTENT | {"number": 2})
-    full_disk(False)
-    assert load(tmp_path / "model.pth", KINDS)["number"] == 1 and os.listdir(tmp_path) == ["model.pth"]
-
-
 # --- The command line ---
-
 WRONG = [f"--{name} {value}" for name in ("num-envs", "num-steps", "update-epochs") for value in (0, -2, 1.5, "two")]
 WRONG += [f"--{name} {value}" for name in ("gamma", "q-lambda", "start-e", "end-e") for value in (-0.1, 1.1, "nan")]
 WRONG += [f"--{name} {value}" for name in ("learning-rate", "max-grad-norm") for value in (0, -1, "nan", "inf")]
