@@ -84,10 +84,7 @@ class Args:
 
 # --- The algorithm ---
 class QNetwork(nn.Module):
-    """Nature CNN with LayerNorm over channels, as in the paper's code.
-
-    Maps uint8 frames `(batch, 4, 84, 84)` to float32 Q-values `(batch, num_actions)`.
-    """
+    """Nature CNN with LayerNorm over channels: uint8 `(batch, 4, 84, 84)` to float32 Q-values `(batch, actions)`."""
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
@@ -389,6 +386,7 @@ class AtariVecEnv(VecEnv):
         self._reset_options()
         self.lives, self.new_life = info["lives"], np.ones(self.num_envs, dtype=bool)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
+        self.start = time.time()
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -416,7 +414,8 @@ class AtariVecEnv(VecEnv):
                 infos[i]["terminal_observation"] = info["final_obs"][i] if over[i] else observations[i]
             if over[i]:  # `observations` and `lives` are the next game's
                 infos[i]["lives"] = int(lives_before[i]) if truncated[i] else 0
-                infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i])}
+                seconds = round(time.time() - self.start, 6)
+                infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": seconds}
         self.new_life, self.returns[over], self.lengths[over] = done.copy(), 0, 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
 
@@ -583,7 +582,7 @@ def main(stop: list[int]) -> None:
     if args.resume is not None:
         own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
         own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
-        args = parse(Args, default=Args(**own))
+        args = parse(Args, default=Args(**{key: own[key] for key in own if hasattr(args, key)}))  # drops old options
     if "RANK" not in os.environ:
         train(args, stop)
         return

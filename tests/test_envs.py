@@ -177,7 +177,8 @@ def test_breakouts_frames_without_no_ops_are_those_of_stable_baselines3():
         np.testing.assert_array_equal(frames[0, 3], (theirs.reset()[0] if terminated else frame)[..., 0])
 
 
-def test_reset_gives_up_the_games_and_the_step_that_are_being_played():
+def test_reset_gives_up_the_games_and_the_step_that_are_being_played(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 0.0)
     env = make_env(SHORT_INVADERS, 2, 1, noop_max=0)
     first = env.reset().copy()
     whole_games = [env.step([4, 4]) for _ in range(75)]

@@ -309,6 +309,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing_but_a_missing_best_model
 
 def test_a_resumed_run_keeps_its_arguments_but_for_those_given_anew(run_dir, cli):
     own = checkpoint_of(run_dir)["args"]
+    save(run_dir / "checkpoint.pth", checkpoint_of(run_dir) | {"args": own | {"weight_decay": 0.1}})  # an older option
     given = {"total_timesteps": 56, "num_threads": 2, "bf16": "on", "learning_rate": 0.1, "checkpoint_minutes": 7.0}
     code, out = cli("--resume", run_dir, *flags(**given), "--log-dir", "nowhere")
     expected = own | given | {"resume": str(run_dir), "log_dir": "nowhere"}
