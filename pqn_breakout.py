@@ -254,7 +254,8 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
     final_lr = 0.0 if args.anneal_lr else args.learning_rate
     cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     num_threads = min(args.num_threads or cores, cores)  # more would be a hundred times slower
-    device, parent, rollout = choose_device(args.device), os.getppid(), Rollout(args.num_steps, num_envs)
+    device, parent = choose_device(args.device), os.getppid()
+    rollout = Rollout(args.num_steps, num_envs)
 
     def save_run() -> None:
         writer.flush()
