@@ -258,7 +258,6 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
     rollout = Rollout(args.num_steps, num_envs)
 
     def save_run() -> None:
-        writer.flush()
         save(run_dir / "best_model.pth", {"env_id": args.env_id, "global_step": global_step} | best)
         learned = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         save(run_dir / "checkpoint.pth", {"args": vars(args), "global_step": global_step, "recent": recent} | learned)
@@ -283,9 +282,9 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             run_dir = Path(args.resume or Path(args.log_dir, name))
             run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
             stack.enter_context(FileLock(run_dir / ".lock", timeout=0))  # one process writes
+            save_run()
             writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # takes back what came later
             stack.callback(writer.close)
-            save_run()
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
             where = f"{world_size} x {device} in {'bfloat16' if network.bf16 else 'float32'}"
             say(f"PQN on {args.num_envs} games of {args.env_id} from step {global_step:,}, {where}: {run_dir}")
@@ -344,6 +343,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
                 say(f"{progress}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s")
                 reported = now
             if now - checkpointed > 60 * args.checkpoint_minutes:
+                writer.flush()  # the curves of a killed run reach to its checkpoint
                 save_run()
                 checkpointed = now
 

@@ -473,7 +473,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on_from_its_ch
     full_disk(True)
     codes = cli(*flags(**TINY), "--log-dir", tmp_path / "logs")[0], cli("--resume", run_dir, "--total-timesteps", 48)[0]
     full_disk(False)  # before pytest itself writes a word
-    assert all(is_error(code, "too large") for code in codes) and before.items() <= snapshot(run_dir).items()
+    assert all(is_error(code, "best_model.pth", "too large") for code in codes)
+    assert before.items() <= snapshot(run_dir).items()
     on_step(lambda number, *_: full_disk(number >= 10))
     code, _ = cli(*flags(**TINY | OFTEN | {"log_dir": tmp_path / "others"}))
     full_disk(False)
