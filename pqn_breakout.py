@@ -76,10 +76,10 @@ class Args:
     bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
     num_threads: Annotated[int, (0, 1024)] = 0  # CPU threads of a process; 0 is its share of the cores
     compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on a CPU
-    vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or Stable-Baselines3's pipeline
+    vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: str = "logs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with, by its own arguments
-    checkpoint_minutes: Size = 5.0  # minutes between two checkpoints
+    checkpoint_minutes: Size = 5.0  # minutes between checkpoints
 
 
 # --- The algorithm ---
@@ -95,14 +95,14 @@ class QNetwork(nn.Module):
         self.fc1, self.ln_fc = nn.Linear(7 * 7 * 64, 512), nn.LayerNorm(512)
         self.fc2 = nn.Linear(512, num_actions)
         for layer in (self.conv1, self.conv2, self.conv3, self.fc1, self.fc2):
-            # Q-values start near zero: whatever they start at has to be unlearned before rewards show.
+            # Q-values start near zero: what they start at has to be unlearned.
             nn.init.orthogonal_(layer.weight, 0.01 if layer is self.fc2 else math.sqrt(2))
             nn.init.zeros_(layer.bias)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         x = frames.contiguous(memory_format=torch.channels_last).to(torch.bfloat16 if self.bf16 else torch.float32)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            # Scaling the weights instead of the frames saves a pass over these; bfloat16 holds 0..255 exactly.
+            # Scaling the weights saves a pass over the frames; bfloat16 holds 0..255 exactly.
             x = F.conv2d(x, self.conv1.weight / 255, self.conv1.bias, stride=4).permute(0, 2, 3, 1)
             for ln, conv in ((self.ln1, self.conv2), (self.ln2, self.conv3)):
                 x = conv(F.relu(ln(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -125,7 +125,7 @@ class RAdam(torch.optim.Adam):
         bias2 = 1 - beta2**t
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * t * (1 - bias2) / bias2
-        factor, group["eps"] = 1e8, 1e8  # sqrt(v) + 1e8 is 1e8: the first five steps are plain momentum
+        factor, group["eps"] = 1e8, 1e8  # sqrt(v) + 1e8 is 1e8: at first plain momentum
         if rho > 5:
             factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
             group["eps"] = 1e-8 / math.sqrt(bias2)
@@ -139,7 +139,7 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 
 def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-    """Actions, int64 `(num_envs,)`, for Q-values `(num_envs, num_actions)`; every environment draws for itself."""
+    """Actions, int64 `(num_envs,)`, for Q-values `(num_envs, num_actions)`; each environment draws for itself."""
     num_envs, num_actions = q_values.shape
     explore = rng.random(num_envs) < epsilon
     return np.where(explore, rng.integers(num_actions, size=num_envs), q_values.argmax(1))
@@ -179,7 +179,7 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
 
     def q_values(states: np.ndarray) -> np.ndarray:
         states = torch.from_numpy(states).to(device, non_blocking=True)
-        return network(states.permute(0, 3, 1, 2)).cpu().numpy()  # waits: the next step may overwrite the states
+        return network(states.permute(0, 3, 1, 2)).cpu().numpy()  # waits: the next step overwrites the states
 
     frames[0] = frames[-1]
     for t, epsilon in enumerate(epsilons):
@@ -202,7 +202,7 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
 def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args) -> list[float]:
     """All updates of a rollout; its `values` are used up.
 
-    Every epoch has new targets, from Q-values of acting or of the epoch before: only the last states take a pass.
+    Each epoch has new targets, from Q-values of acting or the epoch before: only the last states take a pass.
     Returns means of loss, Q, target and gradient norm before clipping.
     """
     device = next(network.parameters()).device
@@ -229,7 +229,7 @@ def learn(network: nn.Module, optimizer: RAdam, rollout: Rollout, lr: float, rng
 
 # --- Training ---
 def make_agent(args: Args, num_actions: int, device: torch.device) -> tuple[QNetwork, RAdam]:
-    """Network and optimizer at the start of a training."""
+    """A new network and its optimizer."""
     on_cuda = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(False) if on_cuda else torch.cpu.get_capabilities().get("avx512_bf16")
     bf16 = args.bf16 == "on" or (args.bf16 == "auto" and bool(has_bf16))
@@ -289,11 +289,11 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             where = f"{world_size} x {device} in {'bfloat16' if network.bf16 else 'float32'}"
             say(f"PQN on {args.num_envs} games of {args.env_id} from step {global_step:,}, {where}: {run_dir}")
 
-        # Game i has the same seed whatever process plays it; a resumed run starts other games than before.
+        # Game i has the same seed in whatever process; a resumed run starts other games.
         rng = np.random.default_rng([args.seed, global_step])
         envs.seed(int(rng.integers(2**31)) + rank * num_envs)
         rollout.frames[-1] = envs.reset().transpose(0, 2, 3, 1)
-        # Scatter these over all stages: learning from first balls only would set the run back.
+        # Scatter these over all stages: learning from first balls would set the run back.
         for _ in range(16 if 0 < global_step <= args.total_timesteps - batch_size else 0):
             play(network, envs, rollout, [args.end_e] * args.num_steps, args.gamma, rng)
 
@@ -400,23 +400,23 @@ class AtariVecEnv(VecEnv):
         actions = np.array(requested, dtype=np.int64)
         if self.fire is not None:
             actions[self.new_life] = self.fire
-        observations, rewards, terminated, truncated, info = self.envs.step(actions)
-        lives_before, self.lives = self.lives, info["lives"]
+        observations, rewards, terminated, truncated, details = self.envs.step(actions)
+        lives_before, self.lives = self.lives, details["lives"]
         over = terminated | truncated
         done = over | ((self.lives > 0) & (self.lives < lives_before))
         self.returns += rewards
         self.lengths += 1
-        infos = []
-        for i in range(self.num_envs):
-            infos.append({"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])})
+        infos = [{"lives": int(lives)} for lives in self.lives]
+        for i, info in enumerate(infos):
+            info["TimeLimit.truncated"] = bool(truncated[i])
             if actions[i] != requested[i]:
-                infos[i]["action"] = int(actions[i])
+                info["action"] = int(actions[i])
             if done[i]:
-                infos[i]["terminal_observation"] = info["final_obs"][i] if over[i] else observations[i]
+                info["terminal_observation"] = details["final_obs"][i] if over[i] else observations[i]
             if over[i]:  # `observations` and `lives` are the next game's
-                infos[i]["lives"] = int(lives_before[i]) if truncated[i] else 0
+                info["lives"] = int(lives_before[i]) if truncated[i] else 0
                 seconds = round(time.time() - self.start, 6)
-                infos[i]["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": seconds}
+                info["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": seconds}
         self.new_life, self.returns[over], self.lengths[over] = done.copy(), 0, 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
 
@@ -427,7 +427,7 @@ class AtariVecEnv(VecEnv):
         return [getattr(self, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value, indices=None) -> None:
-        setattr(self, attr_name, value)  # of all games: they share their attributes
+        setattr(self, attr_name, value)  # all games share their attributes
 
     def env_method(self, method_name: str, *method_args, indices=None, **method_kwargs) -> list:
         return [getattr(self, method_name)(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
@@ -443,7 +443,7 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     """
     spec = gym.registry.get(env_id)
     if spec is None or spec.entry_point != "ale_py.env:AtariEnv":
-        raise UserError(f"--env-id {env_id}: no Atari game, as BreakoutNoFrameskip-v4 or ALE/Pong-v5 are")
+        raise UserError(f"--env-id {env_id}: no Atari game, as BreakoutNoFrameskip-v4 is")
     skip = spec.kwargs["frameskip"]  # 1, of "NoFrameskip", leaves it to the preprocessing: 4
     inner, outer = (1, 4 if skip == 1 else skip) if isinstance(skip, int) else (skip, 1)
     if vec_env == "native" and inner == 1:
@@ -480,8 +480,8 @@ def save(path: Path, content: dict) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def load(path: Path, kinds: dict[str, type], network: QNetwork | None = None, optimizer: RAdam | None = None) -> dict:
-    """What `save` wrote, read as data and never executed; its weights go into network and optimizer.
+def load(path: Path, kinds: dict[str, type], network=None, optimizer=None) -> dict:
+    """What `save` wrote, read as data, never executed; its weights go into network and optimizer.
 
     UserError unless the file is whole, holds what `kinds` say, and fits network and optimizer.
     """
@@ -504,17 +504,17 @@ def load(path: Path, kinds: dict[str, type], network: QNetwork | None = None, op
 
 
 def say(line: str) -> None:
-    """Prints a line; training goes on when nobody reads any more (`| head`, a closed terminal)."""
+    """Prints a line; training goes on when nobody reads it (`| head`, a closed terminal)."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, tried out; `auto` is the accelerator that PyTorch finds, or the CPU."""
+    """The device `name`, tried out; `auto` is the accelerator that PyTorch finds, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
-        if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: a device for every process
+        if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: one for every process
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
     except (RuntimeError, AssertionError, ImportError):
@@ -582,7 +582,7 @@ def main(stop: list[int]) -> None:
     args = parse(Args)
     if args.resume is not None:
         own = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT)["args"]
-        own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # its folder may have been moved
+        own |= {"resume": args.resume, "log_dir": str(Path(args.resume).parent)}  # it may have been moved
         args = parse(Args, default=Args(**{key: own[key] for key in own if hasattr(args, key)}))  # drops old options
     if "RANK" not in os.environ:
         train(args, stop)
