@@ -72,13 +72,13 @@ class Args:
     end_e: Share = 0.01  # epsilon after the exploration phase
     exploration_fraction: Annotated[float, (1e-9, 1)] = 0.05  # share of the training until epsilon is end_e
     max_grad_norm: Size = 10.0  # gradients are clipped to this norm
-    device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto takes an accelerator if there is one
-    bf16: Literal["auto", "on", "off"] = "auto"  # network in bfloat16; auto where the hardware has it
+    device: str = "auto"  # cpu, cuda, cuda:1, mps...; auto finds an accelerator
+    bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the hardware has it
     num_threads: Annotated[int, (0, 1024)] = 0  # CPU threads of a process; 0 is its share of the cores
-    compile: bool = False  # torch.compile the network, on CUDA with CUDA graphs; slower on a CPU
+    compile: bool = False  # torch.compile, on CUDA with CUDA graphs; slower on a CPU
     vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: str = "logs"  # where the run's folder is made
-    resume: str | None = None  # folder of a run to go on with, by its own arguments
+    resume: str | None = None  # folder of a run to go on with
     checkpoint_minutes: Size = 5.0  # minutes between checkpoints
 
 
@@ -275,7 +275,7 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             global_step, recent = checkpoint["global_step"], checkpoint["recent"]
             if Path(args.resume, "best_model.pth").exists():
                 best = load(Path(args.resume, "best_model.pth"), MODEL)
-        # Its backward pass averages the gradients of all processes.
+        # Averages the gradients of all processes.
         learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
         if rank == 0:
             name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
@@ -452,7 +452,7 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
         options = {"wrapper_kwargs": {"frame_skip": outer, "noop_max": noop_max}, "env_kwargs": {"frameskip": inner}}
         venv = VecTransposeImage(VecFrameStack(make_atari_env(env_id, num_envs, **options), 4))
     else:
-        raise UserError(f"--vec-env {vec_env}: must be native or sb3; {env_id} needs sb3 if its frame skip is random")
+        raise UserError(f"--vec-env {vec_env}: must be native or sb3; a random frame skip needs sb3")
     venv.seed(seed)
     return venv
 
@@ -498,7 +498,7 @@ def load(path: Path, kinds: dict[str, type], network=None, optimizer=None) -> di
             optimizer.load_state_dict(content["optimizer"])
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception:  # whatever an unpickler makes of bytes that are not ours
+    except Exception:  # whatever an unpickler makes of such bytes
         raise UserError(f"{path}: damaged, not a file of this program, or of another network") from None
     return content
 
@@ -518,7 +518,7 @@ def choose_device(name: str) -> torch.device:
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name}: no such device here; cpu and auto always work") from None
+        raise UserError(f"--device {name}: no such device here; cpu always works") from None
     return device
 
 
@@ -565,7 +565,7 @@ def run_command(command) -> None:
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup and a script's &
             signal.signal(number, request_stop)
-    if sys.stdout:  # None where the parent has closed it
+    if sys.stdout:  # None if closed
         sys.stdout.reconfigure(errors="backslashreplace")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
     try:

@@ -274,7 +274,7 @@ def test_the_best_model_is_that_of_the_best_mean_of_100_games_and_written_with_a
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(monkeypatch, tmp_path):
     monkeypatch.setattr(pqn_breakout, "QNetwork", QNetwork)
-    settings = TINY | {"env_id": CUT_BREAKOUT, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 160}
+    settings = TINY | {"env_id": CUT_BREAKOUT, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 128}
     runs = [train(Args(**settings | {"start_e": 0.5, "seed": seed}, log_dir=str(tmp_path))) for seed in (5, 5, 6)]
     a, b, c = map(checkpoint_of, runs)
     assert len(a["recent"]) == 2 and all(same(a[key], b[key]) for key in ("network", "optimizer", "recent"))
