@@ -47,7 +47,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTranspose
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-# Numbers, with the least and the greatest value.
+# Numbers and their bounds.
 Count = Annotated[int, (1, 10**6)]
 Share = Annotated[float, (0, 1)]
 Size = Annotated[float, (1e-9, 1e9)]
@@ -457,7 +457,7 @@ def make_env(env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=3
     return venv
 
 
-# --- Files, processes, command line ---
+# --- Files and command line ---
 class UserError(Exception):
     """Something the user can mend, told in one line."""
 
@@ -510,13 +510,13 @@ def say(line: str) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `name`, tried out; `auto` is the accelerator that PyTorch finds, or the CPU."""
+    """The device `name`, tried out; `auto` is the accelerator of PyTorch, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
         if device.type != "cpu" and "LOCAL_RANK" in os.environ:  # of torchrun: one for every process
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=device).tolist()  # some devices only pretend to hold data
+        torch.zeros(1, device=device).tolist()  # some only pretend to hold data
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: no such device here; cpu always works") from None
     return device
@@ -536,7 +536,7 @@ def parse(args_class, **options):
 
 
 def check_bounds(args) -> None:
-    """UserError for a number that is out of the bounds in its annotation."""
+    """UserError for a number out of the bounds of its annotation."""
     for name, annotation in get_type_hints(type(args), include_extras=True).items():
         for low, high in getattr(annotation, "__metadata__", ()):
             if not low <= getattr(args, name) <= high:
@@ -544,7 +544,7 @@ def check_bounds(args) -> None:
 
 
 def check_args(args: Args, world_size: int) -> None:
-    """UserError for what nothing can be trained with, before any work is done."""
+    """UserError for what cannot be trained with."""
     check_bounds(args)
     rollout = args.num_envs * args.num_steps
     size = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
@@ -563,7 +563,7 @@ def run_command(command) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup and a script's &
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup, or of &
             signal.signal(number, request_stop)
     if sys.stdout:  # None if closed
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -574,7 +574,7 @@ def run_command(command) -> None:
     except (UserError, OSError, MemoryError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     finally:
-        sys.stdout = None  # what it could not take is not tried again
+        sys.stdout = None  # nothing is flushed again
 
 
 def main(stop: list[int]) -> None:
