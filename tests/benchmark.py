@@ -4,11 +4,9 @@
     python tests/benchmark.py --parts trainer      some of: environments network trainer peers scaling
     python tests/benchmark.py --quick              one repeat of few steps, to see that it works
     python tests/benchmark.py --parts trainer --other ../old      this checkout and another one, in turn
-    python tests/benchmark.py --parts race --minutes 60           five hours: PQN, PPO and DQN learn, an hour each
 
 Every measurement runs in a process of its own, leaves out its warm-up, and is repeated in turn with the others of its
-part; the table shows medians (and the range). Nothing else should run on the machine meanwhile. A race leaves the
-events of each contender in its folder, for tests/plot_runs.py; begun again, it goes on with those that are missing.
+part; the table shows medians (and the range). Nothing else should run on the machine meanwhile.
 """
 
 import contextlib
@@ -17,11 +15,9 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 ENV_ID = "BreakoutNoFrameskip-v4"
 CLEANRL = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "q_lambda": 0.65}
 PAPER = {"num_envs": 128, "num_steps": 32, "num_minibatches": 32, "update_epochs": 2, "q_lambda": 0.65}
-RECOMMENDED = {"q_lambda": 0.3, "gamma": 0.995, "update_epochs": 2}
 SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAPER, "PQN, the defaults": {}}
 
 
@@ -45,13 +40,11 @@ SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAP
 class Options:
     """Measure the speed of PQN and of its parts."""
 
-    parts: tuple[str, ...] = ("environments", "network", "trainer", "peers")  # and scaling, race
+    parts: tuple[str, ...] = ("environments", "network", "trainer", "peers")  # and scaling
     repeats: int = 3  # of every measurement
     steps: int = 4096  # environment steps of a whole trainer, behind its warm-up
     quick: bool = False  # few steps and one repeat, to see that everything works
     other: Path | None = None  # folder with another pqn_breakout.py, whose trainer is measured, too
-    minutes: float = 60.0  # that each contender of a race has for its training
-    race_dir: Path = ROOT / "logs" / "reference" / "race"  # where the contenders' events go
     json: Path | None = None  # where the figures go, too; a file in the temporary folder by default
 
 
@@ -174,31 +167,15 @@ def trainer(settings: dict, steps: int, folder: Path = ROOT) -> dict:
     return {"steps_per_second": speed, "memory": memory, "shares": parts}
 
 
-def make_peer(name: str, steps: int):
-    """Stable-Baselines3's PPO or DQN with RL Zoo's Atari settings, on SB3's own pipeline or "on our environments"."""
+def peer(name: str, steps: int) -> dict:
+    """The same of a Stable-Baselines3 algorithm with RL Zoo's Atari settings, on SB3's own pipeline."""
     import ale_py
     from stable_baselines3 import DQN, PPO
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
-    import pqn_breakout
-
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    n = 1 if name == "DQN" else 8
-    ours = name.endswith("on our environments")
-    envs = pqn_breakout.make_env(ENV_ID, n, 1) if ours else VecFrameStack(make_atari_env(ENV_ID, n, seed=1), 4)
-    if name != "DQN":
-        falling = {"learning_rate": lambda left: 2.5e-4 * left, "clip_range": lambda left: 0.1 * left}
-        return PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, vf_coef=0.5, ent_coef=0.01, **falling)
-    # The Zoo's 10,000,000 steps begin with 100,000 without learning, and its buffer is as large.
-    sizes = {"buffer_size": min(100_000, steps), "learning_starts": steps // 100, "batch_size": 32, "train_freq": 4}
-    exploration = {"exploration_fraction": 0.1, "exploration_final_eps": 0.01}
-    return DQN("CnnPolicy", envs, learning_rate=1e-4, target_update_interval=1000, **sizes, **exploration)
-
-
-def peer(name: str, steps: int) -> dict:
-    """Steps per second and peak memory in MB of such an algorithm, behind its first 2,048 steps."""
-    from stable_baselines3.common.callbacks import BaseCallback
 
     class Clock(BaseCallback):
         start = None
@@ -208,72 +185,17 @@ def peer(name: str, steps: int) -> dict:
                 self.start, self.first = time.perf_counter(), self.num_timesteps
             return True
 
-    model, clock = make_peer(name, 2048 + steps), Clock()
+    envs = VecFrameStack(make_atari_env(ENV_ID, n_envs=8 if name == "PPO" else 1, seed=1), 4)
+    if name == "PPO":
+        sizes = {"n_steps": 128, "n_epochs": 4, "batch_size": 256}
+        model = PPO("CnnPolicy", envs, learning_rate=2.5e-4, clip_range=0.1, vf_coef=0.5, ent_coef=0.01, **sizes)
+    else:  # learning from the start on and with a small buffer: neither matters to a step's time
+        sizes = {"buffer_size": 10_000, "learning_starts": 1_000, "batch_size": 32, "train_freq": 4}
+        model = DQN("CnnPolicy", envs, learning_rate=1e-4, target_update_interval=1000, **sizes)
+    clock = Clock()
     model.learn(2048 + steps, callback=clock)
     speed = (model.num_timesteps - clock.first) / (time.perf_counter() - clock.start)
     return {"steps_per_second": speed, "shares": {}, "memory": getrusage(RUSAGE_SELF).ru_maxrss / 2**10}
-
-
-# --- The race ---
-
-
-def race_pqn(settings: dict, steps: int, minutes: float, folder: Path) -> None:
-    import pqn_breakout
-
-    stop = []
-    timer = threading.Timer(60 * minutes, stop.append, [True])
-    timer.start()
-    args = pqn_breakout.Args(env_id=ENV_ID, **settings, total_timesteps=steps, log_dir=str(folder))
-    run_dir = pqn_breakout.train(args, stop)
-    timer.cancel()
-    for path in run_dir.iterdir():
-        if path.suffix != ".pth":
-            path.rename(folder / path.name)
-    shutil.rmtree(run_dir)
-
-
-def race_peer(name: str, steps: int, minutes: float, folder: Path) -> None:
-    from stable_baselines3.common.callbacks import BaseCallback
-    from torch.utils.tensorboard import SummaryWriter
-
-    class Recorder(BaseCallback):
-        def _on_step(self) -> bool:
-            for info in self.locals["infos"]:
-                if "episode" in info:
-                    writer.add_scalar("charts/episodic_return", info["episode"]["r"], self.num_timesteps)
-            return time.monotonic() - start < 60 * minutes
-
-    model, start = make_peer(name, steps), time.monotonic()
-    with SummaryWriter(folder) as writer:
-        model.learn(steps, callback=Recorder())
-    (folder / "args.json").write_text(json.dumps({"env_id": ENV_ID}) + "\n")
-
-
-# How each is timed, how it trains, and its settings.
-CONTENDERS = {
-    "pqn_td0": (trainer, race_pqn, {}),
-    "pqn_recommended": (trainer, race_pqn, RECOMMENDED),
-    "ppo": (peer, race_peer, "PPO"),
-    "dqn": (peer, race_peer, "DQN"),
-    "ppo_on_our_environments": (peer, race_peer, "PPO on our environments"),
-}
-
-
-def race(minutes: float, race_dir: Path, steps: int) -> None:
-    """One after the other: each is timed for `steps` steps, then trains for as many as it makes in `minutes`."""
-    for name, (timed, trained, settings) in CONTENDERS.items():
-        folder = race_dir / name
-        if (folder / "race.json").exists():
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        speed = in_process(timed, settings, steps)["steps_per_second"]
-        total = int(60 * minutes * speed)
-        print(f"{name}: {speed:,.0f} steps/s, {total:,} steps in {minutes:g} minutes", flush=True)
-        in_process(trained, settings, total, minutes, folder)
-        about = {"minutes": minutes, "steps": total, "cpu": cpu()}
-        about |= {package: version(package) for package in ("torch", "stable-baselines3")}
-        (folder / "race.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 # --- The table ---
@@ -336,9 +258,6 @@ def main() -> None:
             pair = results[f"native, {n} games"], results[f"emulator alone, {n} games"]
             print(f"native / emulator, {n} games: {ratio(*pair)}")
         print()
-
-    if "race" in options.parts:
-        race(options.minutes, options.race_dir, steps)
 
     if "network" in options.parts:
         cases = {}

@@ -9,6 +9,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -290,6 +291,12 @@ def test_what_nobody_can_play_is_refused_and_play_goes_on():
     with pytest.raises(ValueError, match="must be 2 integers below 4"):
         env.step_wait()  # without step_async
     assert ["action" in info for info in env.step([2, 3])[3]] == [False, False]
+
+
+def test_ppo_trains_on_it_and_logs_whole_games():
+    env = make_env(SHORT_PACMAN, 2, 1, noop_max=0)
+    model = PPO("CnnPolicy", env, n_steps=20, batch_size=40, n_epochs=1, device="cpu").learn(40)
+    assert [game["l"] for game in model.ep_info_buffer] == [10] * 4
 
 
 @pytest.mark.filterwarnings("error:.*Monitor")

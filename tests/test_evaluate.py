@@ -281,7 +281,9 @@ def test_a_video_that_cannot_take_its_place_is_kept_and_named(run, monkeypatch):
 def test_a_video_is_finished_when_nobody_reads(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Mock(**{"flush.side_effect": [None] + [OSError("nobody reads")] * 9}))
     assert is_error(run("--episodes", 1, "--video", "broken.mp4"), "nobody reads")
-    assert sorted(os.listdir()) == ["broken.mp4", "logs"]
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    assert run("--episodes", 1, "--video", "closed.mp4")[0] == 0
+    assert sorted(os.listdir()) == ["broken.mp4", "closed.mp4", "logs"]
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_encoder_too_and_does_no_harm(tmp_path):

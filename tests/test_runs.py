@@ -206,6 +206,7 @@ def test_files_of_something_else_are_refused_and_never_run(monkeypatch, tmp_path
     assert not Path("sprung").exists() and pickle.loads(pickle.dumps(Trap())) is None and Path("sprung").exists()
     assert is_refused(finished / "best_model.pth", CHECKPOINT)
     assert is_refused(finished / "best_model.pth", MODEL, Table(6))
+    assert is_refused(tmp_path) and is_refused(tmp_path / "nothing.pth")
 
 
 @LINUX
@@ -214,6 +215,7 @@ def test_files_without_an_end_or_that_inflate_are_refused_before_they_are_read(m
     with zipfile.ZipFile(tmp_path / "model.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
         for entry in plain.infolist():
             bomb.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
+    assert torch.load(tmp_path / "bomb.pth")["number"] == 1
     os.mkfifo(tmp_path / "fifo")  # whoever reads it waits for ever
     assert all(map(is_refused, (tmp_path / "bomb.pth", tmp_path / "fifo", Path("/dev/zero"))))
 
@@ -440,12 +442,13 @@ def test_train_leaves_the_program_that_calls_it_as_it_was(tmp_path):
         hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, sys.stdout, sys.stderr
         return hooks, list(map(signal.getsignal, SIGNALS)), torch.get_num_threads(), threading.active_count()
 
-    before, random_before = state(), torch.get_rng_state()
+    before, random_before, start = state(), torch.get_rng_state(), time.monotonic()
     for name in ("vec_env", "env_id", "device"):
         with pytest.raises(UserError, match="nonsense"):
             train(Args(**TINY | {name: "nonsense"}, log_dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
     stopped = train(Args(**TINY | {"num_threads": 16}, log_dir=str(tmp_path)), [signal.SIGINT])
+    assert time.monotonic() - start < 60  # more threads than cores made it minutes
     whole = train(Args(**TINY, log_dir=str(tmp_path)))
     assert [checkpoint_of(run_dir)["global_step"] for run_dir in (stopped, whole)] == [8, 40]
     assert state() == before and torch.equal(torch.get_rng_state(), random_before)
