@@ -1,12 +1,14 @@
 """How fast is the trainer, and where does its time go? Prints a table and writes it as JSON.
 
-    python tests/benchmark.py                      all but the scaling, a quarter of an hour on two cores
-    python tests/benchmark.py --parts trainer      some of: environments network trainer peers scaling
+    python tests/benchmark.py                      all but the race, a quarter of an hour on two cores
+    python tests/benchmark.py --parts trainer      some of: environments trainer peers race
     python tests/benchmark.py --quick              one repeat of few steps, to see that it works
     python tests/benchmark.py --parts trainer --other ../old      this checkout and another one, in turn
+    python tests/benchmark.py --parts race --minutes 60           five hours: PQN, PPO and DQN learn, an hour each
 
 Every measurement runs in a process of its own, leaves out its warm-up, and is repeated in turn with the others of its
-part; the table shows medians (and the range). Nothing else should run on the machine meanwhile.
+part; the table shows medians (and the range). Nothing else should run on the machine meanwhile. A race leaves the
+events of each contender in its folder, for tests/plot_runs.py; begun again, it goes on with those that are missing.
 """
 
 import contextlib
@@ -15,9 +17,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 ENV_ID = "BreakoutNoFrameskip-v4"
 CLEANRL = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "q_lambda": 0.65}
 PAPER = {"num_envs": 128, "num_steps": 32, "num_minibatches": 32, "update_epochs": 2, "q_lambda": 0.65}
+RECOMMENDED = {"q_lambda": 0.3, "gamma": 0.995, "update_epochs": 2}
 SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAPER, "PQN, the defaults": {}}
 
 
@@ -40,49 +45,17 @@ SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAP
 class Options:
     """Measure the speed of PQN and of its parts."""
 
-    parts: tuple[str, ...] = ("environments", "network", "trainer", "peers")  # and scaling
+    parts: tuple[str, ...] = ("environments", "trainer", "peers")  # and race
     repeats: int = 3  # of every measurement
     steps: int = 4096  # environment steps of a whole trainer, behind its warm-up
     quick: bool = False  # few steps and one repeat, to see that everything works
     other: Path | None = None  # folder with another pqn_breakout.py, whose trainer is measured, too
+    minutes: float = 60.0  # that each contender of a race has for its training
+    race_dir: Path = ROOT / "logs" / "reference" / "race"  # where the contenders' events go
     json: Path | None = None  # where the figures go, too; a file in the temporary folder by default
 
 
 # --- What is measured, each in a process of its own ---
-
-
-def emulator(num_envs: int, steps: int, num_threads: int) -> float:
-    """Environment steps per second of ALE alone: frames are emulated, but never looked at.
-
-    One process a thread, each with its share of the games, played in turn, at random and with no-op starts.
-    """
-    with ProcessPoolExecutor(num_threads, get_context("spawn")) as pool:
-        games, share = [num_envs // num_threads] * num_threads, [steps // num_threads] * num_threads
-        return sum(pool.map(emulate, games, share, range(num_threads)))
-
-
-def emulate(num_games: int, steps: int, seed: int) -> float:
-    import ale_py
-    import numpy as np
-
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    games = [ale_py.ALEInterface() for _ in range(num_games)]
-    for game in games:
-        game.setFloat("repeat_action_probability", 0.0)
-        game.loadROM(ale_py.roms.get_rom_path("breakout"))
-    actions = games[0].getMinimalActionSet()
-    rng = np.random.default_rng(seed)
-    choices = rng.integers(len(actions), size=(steps // num_games, num_games)).tolist()
-    start = time.perf_counter()
-    for chosen in choices:
-        for game, choice in zip(games, chosen, strict=True):
-            for _ in range(4):
-                game.act(actions[choice])
-            if game.game_over():
-                game.reset_game()
-                for _ in range(rng.integers(1, 31)):
-                    game.act(ale_py.Action.NOOP)
-    return num_games * len(choices) / (time.perf_counter() - start)
 
 
 def environments(vec_env: str, num_envs: int, steps: int, num_threads: int = 0) -> float:
@@ -101,30 +74,6 @@ def environments(vec_env: str, num_envs: int, steps: int, num_threads: int = 0) 
     seconds = time.perf_counter() - start
     envs.close()
     return (len(actions) - 10) * num_envs / seconds
-
-
-def network(rows: int, bf16: bool, training: bool) -> float:
-    """Samples per second: a forward pass, or a whole gradient step with its optimizer."""
-    import torch
-
-    import pqn_breakout
-
-    net = pqn_breakout.QNetwork(4, bf16)
-    optimizer = pqn_breakout.RAdam(net.parameters())
-    frames = torch.randint(0, 256, (rows, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
-    actions, targets = torch.randint(0, 4, (rows, 1)), torch.randn(rows, 1)
-    seconds = []
-    for _ in range(60):
-        start = time.perf_counter()
-        with torch.set_grad_enabled(training):
-            q_values = net(frames)
-        if training:
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(q_values.gather(1, actions), targets).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
-            optimizer.step(1e-6)
-        seconds.append(time.perf_counter() - start)
-    return rows / statistics.median(seconds[10:])
 
 
 def trainer(settings: dict, steps: int, folder: Path = ROOT) -> dict:
@@ -167,35 +116,96 @@ def trainer(settings: dict, steps: int, folder: Path = ROOT) -> dict:
     return {"steps_per_second": speed, "memory": memory, "shares": parts}
 
 
-def peer(name: str, steps: int) -> dict:
-    """The same of a Stable-Baselines3 algorithm with RL Zoo's Atari settings, on SB3's own pipeline."""
+def make_peer(name: str, steps: int):
+    """Stable-Baselines3's PPO or DQN with RL Zoo's Atari settings, on SB3's own pipeline or "on our environments"."""
     import ale_py
     from stable_baselines3 import DQN, PPO
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
+    import pqn_breakout
+
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    n = 1 if name == "DQN" else 8
+    ours = name.endswith("on our environments")
+    envs = pqn_breakout.make_env(ENV_ID, n, 1) if ours else VecFrameStack(make_atari_env(ENV_ID, n, seed=1), 4)
+    if name != "DQN":
+        falling = {"learning_rate": lambda left: 2.5e-4 * left, "clip_range": lambda left: 0.1 * left}
+        return PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, vf_coef=0.5, ent_coef=0.01, **falling)
+    # The Zoo's 10,000,000 steps begin with 100,000 without learning, and its buffer is as large.
+    sizes = {"buffer_size": min(100_000, steps), "learning_starts": steps // 100, "batch_size": 32, "train_freq": 4}
+    exploration = {"exploration_fraction": 0.1, "exploration_final_eps": 0.01}
+    return DQN("CnnPolicy", envs, learning_rate=1e-4, target_update_interval=1000, **sizes, **exploration)
 
-    class Clock(BaseCallback):
-        start = None
 
-        def _on_step(self) -> bool:
-            if self.start is None and self.num_timesteps >= 2048:
-                self.start, self.first = time.perf_counter(), self.num_timesteps
-            return True
-
-    envs = VecFrameStack(make_atari_env(ENV_ID, n_envs=8 if name == "PPO" else 1, seed=1), 4)
-    if name == "PPO":
-        sizes = {"n_steps": 128, "n_epochs": 4, "batch_size": 256}
-        model = PPO("CnnPolicy", envs, learning_rate=2.5e-4, clip_range=0.1, vf_coef=0.5, ent_coef=0.01, **sizes)
-    else:  # learning from the start on and with a small buffer: neither matters to a step's time
-        sizes = {"buffer_size": 10_000, "learning_starts": 1_000, "batch_size": 32, "train_freq": 4}
-        model = DQN("CnnPolicy", envs, learning_rate=1e-4, target_update_interval=1000, **sizes)
-    clock = Clock()
-    model.learn(2048 + steps, callback=clock)
-    speed = (model.num_timesteps - clock.first) / (time.perf_counter() - clock.start)
+def peer(name: str, steps: int) -> dict:
+    """Steps per second and peak memory in MB of such an algorithm, behind its first 2,048 steps."""
+    model, times = make_peer(name, 2048 + steps), []
+    model.learn(2048 + steps, callback=lambda *_: not times.append((model.num_timesteps, time.perf_counter())))
+    # PPO learns behind both of these.
+    (first, start), (last, end) = next(entry for entry in times if entry[0] >= 2048), times[-1]
+    speed = (last - first) / (end - start)
     return {"steps_per_second": speed, "shares": {}, "memory": getrusage(RUSAGE_SELF).ru_maxrss / 2**10}
+
+
+# --- The race ---
+
+
+def race_pqn(settings: dict, steps: int, minutes: float, folder: Path) -> None:
+    import pqn_breakout
+
+    stop = []
+    timer = threading.Timer(60 * minutes, stop.append, [True])
+    timer.start()
+    args = pqn_breakout.Args(env_id=ENV_ID, **settings, total_timesteps=steps, log_dir=str(folder))
+    run_dir = pqn_breakout.train(args, stop)
+    timer.cancel()
+    for path in run_dir.iterdir():
+        if path.suffix != ".pth":
+            path.rename(folder / path.name)
+    shutil.rmtree(run_dir)
+
+
+def race_peer(name: str, steps: int, minutes: float, folder: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def record(step_locals: dict, _) -> bool:
+        for info in step_locals["infos"]:
+            if "episode" in info:
+                writer.add_scalar("charts/episodic_return", info["episode"]["r"], model.num_timesteps)
+        return time.monotonic() - start < 60 * minutes
+
+    model, start = make_peer(name, steps), time.monotonic()
+    with SummaryWriter(folder) as writer:
+        model.learn(steps, callback=record)
+    (folder / "args.json").write_text(json.dumps({"env_id": ENV_ID}) + "\n")
+
+
+# How each is timed, how it trains, and its settings.
+CONTENDERS = {
+    "pqn_td0": (trainer, race_pqn, {}),
+    "pqn_recommended": (trainer, race_pqn, RECOMMENDED),
+    "ppo": (peer, race_peer, "PPO"),
+    "dqn": (peer, race_peer, "DQN"),
+    "ppo_on_our_environments": (peer, race_peer, "PPO on our environments"),
+}
+
+
+def race(minutes: float, race_dir: Path, steps: int) -> None:
+    """One after the other: each is timed for `steps` steps, then trains for as many as it makes in `minutes`."""
+    for name, (timed, trained, settings) in CONTENDERS.items():
+        folder = race_dir / name
+        if (folder / "race.json").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        speed = in_process(timed, settings, steps)["steps_per_second"]
+        total = int(60 * minutes * speed)
+        print(f"{name}: {speed:,.0f} steps/s, {total:,} steps in {minutes:g} minutes", flush=True)
+        in_process(trained, settings, total, minutes, folder)
+        about = {"minutes": minutes, "steps": total, "cpu": cpu()}
+        about |= {package: version(package) for package in ("torch", "stable-baselines3")}
+        (folder / "race.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 # --- The table ---
@@ -246,27 +256,11 @@ def main() -> None:
     print(f"{cpu()}, {cores} cores; {', '.join(f'{name} {number}' for name, number in versions.items())}\n")
 
     if "environments" in options.parts:
-        cases = {}
-        for n in (32, 128):
-            cases[f"emulator alone, {n} games"] = (emulator, n, 4 * steps, cores)
-            cases[f"native, {n} games"] = (environments, "native", n, 4 * steps)
-        cases["SB3's own pipeline, 32 games"] = (environments, "sb3", 32, steps)
-        results = figures["environments"] = measure(cases, repeats)
-        for name, values in results.items():
+        cases = {f"native, {n} games": (environments, "native", n, 4 * steps) for n in (32, 128)}
+        cases["SB3's own pipeline, 32 games"] = environments, "sb3", 32, steps
+        figures["environments"] = measure(cases, repeats)
+        for name, values in figures["environments"].items():
             print(f"{name:34}{spread(values, 'steps/s')}")
-        for n in (32, 128):
-            pair = results[f"native, {n} games"], results[f"emulator alone, {n} games"]
-            print(f"native / emulator, {n} games: {ratio(*pair)}")
-        print()
-
-    if "network" in options.parts:
-        cases = {}
-        for rows, training, bf16 in itertools.product((32, 128), (False, True), (False, True)):
-            what = "forward + backward + optimizer" if training else "forward"
-            cases[f"{what}, {rows} rows, {'bf16' if bf16 else 'float32'}"] = (network, rows, bf16, training)
-        figures["network"] = measure(cases, repeats)
-        for name, values in figures["network"].items():
-            print(f"{name:52}{spread(values, 'samples/s')}")
         print()
 
     cases = {}
@@ -275,11 +269,6 @@ def main() -> None:
         cases |= {f"{name}, other": (trainer, settings, steps, options.other)} if options.other else {}
     if "peers" in options.parts:
         cases |= {f"SB3 {name}, RL Zoo settings": (peer, name, steps) for name in ("PPO", "DQN")}
-    if "scaling" in options.parts:
-        # The paper's rollouts of 32 steps, learned from twice in minibatches of 128, whatever the number of games.
-        for n, threads in itertools.product((8, 32, 128, 512), sorted({1, cores})):
-            settings = PAPER | {"num_envs": n, "num_minibatches": n * 32 // 128, "num_threads": threads}
-            cases[f"{n} games, {threads} threads"] = trainer, settings, steps
     results = figures["trainers"] = measure(cases, repeats)
     speeds = {name: [value["steps_per_second"] for value in values] for name, values in results.items()}
     for name, values in results.items():

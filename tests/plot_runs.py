@@ -5,7 +5,7 @@
 
 Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range, over the minutes that
 they took on average. Every game gets a row of its own. The score is the mean of the last 100 training games, as
-`best_model.pth` is chosen by.
+`best_model.pth` is chosen by. A table of the same is printed.
 """
 
 import glob
@@ -34,6 +34,17 @@ def score_curve(run_dir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array([game.step for game in games]), minutes, (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def table_row(label: str, curves: list) -> str:
+    """Means of the runs: steps per second, score after 15, 30 and 60 minutes, minutes to a score of 30, 100 and 300."""
+    rows = []
+    for steps, minutes, scores in curves:
+        row = [steps[-1] / minutes[-1] / 60]
+        row += [scores[minutes <= limit][-1] if minutes[-1] > 0.9 * limit else np.nan for limit in (15, 30, 60)]
+        row += [next(iter(minutes[99:][scores[99:] >= goal]), np.nan) for goal in (30, 100, 300)]
+        rows.append(row)
+    return f"| {label} | {' | '.join(f'{cell:.0f}' for cell in np.mean(rows, axis=0))} |".replace("nan", "-")
+
+
 def main() -> None:
     if len(sys.argv) < 3 or any("=" not in setting for setting in sys.argv[2:]):
         sys.exit("usage: python tests/plot_runs.py PICTURE.png LABEL=PATTERN...")
@@ -47,6 +58,7 @@ def main() -> None:
         game = env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-")[0]
         label += f", {len(run_dirs)} seeds" * (len(run_dirs) > 1)
         games.setdefault(game, []).append((label, [score_curve(run_dir) for run_dir in run_dirs]))
+        print(table_row(f"{game}, {label}", games[game][-1][1]))
     size = {"figsize": (10, 4 * len(games)), "sharey": "row", "squeeze": False, "layout": "constrained"}
     figure, rows = plt.subplots(len(games), 2, **size)
     for (game, settings), axes in zip(games.items(), rows, strict=True):
