@@ -200,7 +200,7 @@ def race(minutes: float, race_dir: Path, steps: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         speed = in_process(timed, settings, steps)["steps_per_second"]
-        total = max(2048, int(60 * minutes * speed))
+        total = int(60 * minutes * speed)
         print(f"{name}: {speed:,.0f} steps/s, {total:,} steps in {minutes:g} minutes", flush=True)
         in_process(trained, settings, total, minutes, folder)
         about = {"minutes": minutes, "steps": total, "cpu": cpu()}
