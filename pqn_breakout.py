@@ -13,8 +13,8 @@ stable, where DQN needs a frozen network and a million stored frames.
     python evaluate.py                                          play whole games with the best model
     tensorboard --logdir logs                                   watch the curves
 
-The record (2,000,000 steps on one core of an AMD EPYC, last 100 training games): 279 with TD(0) in 73 minutes (three
-seeds, bfloat16), 376 with --q-lambda 0.3 --gamma 0.995 --update-epochs 2 --learning-rate 1e-3 in 153 (two, float32).
+The record (2,000,000 steps, last 100 training games, three seeds): 351 with TD(0), the defaults, and 378 with the
+recommended --q-lambda 0.3 --gamma 0.995 --update-epochs 2, in 30 minutes on two cores of an AMD EPYC (Zen 5, bfloat16).
 """
 
 import contextlib
@@ -55,12 +55,12 @@ Size = Annotated[float, (1e-9, 1e9)]
 
 @dataclass
 class Args:
-    """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.995 --update-epochs 2 --learning-rate 1e-3."""
+    """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.995 --update-epochs 2."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
     seed: Annotated[int, (0, 2**31 - 1)] = 1  # of network, exploration, minibatches and games
     total_timesteps: Annotated[int, (1, 10**12)] = 2_000_000  # steps of all games, 4 frames each
-    learning_rate: Size = 2.5e-4  # step size of RAdam
+    learning_rate: Size = 1e-3  # step size of RAdam
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     num_envs: Count = 32  # games in parallel, of all processes together
     num_steps: Count = 32  # steps of each game in a rollout
