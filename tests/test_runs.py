@@ -381,6 +381,7 @@ def test_a_run_killed_again_and_again_ends_with_one_whole_curve(cli, monkeypatch
                 time.sleep(0.05)
                 assert process.poll() is None
             process.kill()
+        time.sleep(1)  # as starting Python takes longer: event files are read by the second in their names
         step, argv = checkpoint_of(run_in(tmp_path))["global_step"], ["--resume", run_in(tmp_path)]
     run_dir = run_in(tmp_path)
     end = checkpoint_of(run_dir)["global_step"] + 16
