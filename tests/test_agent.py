@@ -179,6 +179,8 @@ def test_play_fills_the_buffers_with_what_the_environments_said_and_bootstraps_t
         np.testing.assert_array_equal(rollout.frames[t], observations.transpose(0, 2, 3, 1))
         np.testing.assert_allclose(rollout.values[t], q_values.max(1), rtol=1e-4)
         np.testing.assert_array_equal(rollout.actions[t], acted)
+        advantages = q_values[range(16), acted] - q_values.max(1)
+        np.testing.assert_allclose(rollout.advantages[t], advantages, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(acted[1:], epsilon_greedy(q_values, epsilons[t], rng)[1:])
         np.testing.assert_array_equal(rollout.dones[t], done)
         np.testing.assert_allclose(rollout.rewards[t], reward + 0.9 * truncated * last_room, rtol=1e-4)
@@ -195,7 +197,8 @@ SMALL = {"num_envs": 3, "num_steps": 4, "num_minibatches": 3, "update_epochs": 3
 def random_rollout() -> Rollout:
     torch.manual_seed(0)
     rollout, rng = Rollout(4, 3), np.random.default_rng(0)
-    bounds = {"frames": (0, 256), "values": (-3, 4), "actions": (0, 4), "rewards": (-3, 4), "dones": (0, 2)}
+    bounds = {"frames": (0, 256), "values": (-3, 4), "advantages": (-3, 1), "actions": (0, 4)}
+    bounds |= {"rewards": (-3, 4), "dones": (0, 2)}
     for name, (low, high) in bounds.items():
         buffer = getattr(rollout, name)
         buffer[:] = rng.integers(low, high, buffer.shape)
@@ -206,11 +209,12 @@ def random_rollout() -> Rollout:
 def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_norm):
     """Targets are refreshed before each epoch: rows by the networks of the updates before, the last states by the
     network at the epoch's start; minibatches are those of the same permutations."""
-    args = Args(**SMALL, gamma=0.9, q_lambda=0.5, max_grad_norm=max_grad_norm)
+    args = Args(**SMALL, gamma=0.9, q_lambda=0.5, advantage_alpha=0.7, max_grad_norm=max_grad_norm)
     rollout, ours = random_rollout(), QNetwork(4)
     theirs, start = deepcopy(ours), deepcopy(ours)
     frames = torch.from_numpy(rollout.frames.transpose(0, 1, 4, 2, 3).reshape(15, 4, 84, 84))
     values, actions = torch.from_numpy(rollout.values.copy()), torch.from_numpy(rollout.actions.flatten())
+    advantages = rollout.advantages.flatten()
     means = learn(ours, RAdam(ours.parameters()), rollout, 0.01, np.random.default_rng(5), args)
 
     optimizer, rng, statistics = torch.optim.RAdam(theirs.parameters(), 0.01), np.random.default_rng(5), []
@@ -218,7 +222,7 @@ def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_no
         with torch.no_grad():
             values[4] = theirs(frames[12:]).max(1).values
         targets = returns_by_definition(rollout.rewards, values[1:].numpy(), rollout.dones, 0.9, 0.5)
-        targets = torch.tensor(targets.ravel(), dtype=torch.float32)
+        targets = torch.tensor(targets.ravel() + 0.7 * np.maximum(advantages, -1), dtype=torch.float32)
         for rows in np.split(rng.permutation(12), 3):
             q_values = theirs(frames[rows])
             chosen = q_values[range(4), actions[rows]]
@@ -228,6 +232,7 @@ def test_learn_is_torch_radam_on_targets_from_the_q_values_last_seen(max_grad_no
             norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
             optimizer.step()
             values.view(-1)[rows] = q_values.detach().max(1).values
+            advantages[rows] = (chosen - q_values.max(1).values).detach()
             statistics.append([loss.item(), chosen.mean().item(), targets[rows].mean().item(), norm.item()])
     assert means == pytest.approx(np.mean(statistics, axis=0), rel=1e-3)
     ours, theirs, start = (parameters_to_vector(network.parameters()) for network in (ours, theirs, start))
@@ -338,8 +343,8 @@ def test_an_accelerator_gets_every_buffer_once_and_is_waited_for_when_acting_and
     sent_acting, waits_acting, cut_steps, sent_learning, waits_learning = result
     assert 0 < cut_steps < 5 and waits_acting == 5 + cut_steps
     assert sent_acting == [("torch.uint8", 16, 84, 84, 4)] * (5 + cut_steps)
-    buffers = [("torch.uint8", 6, 16, 84, 84, 4), ("torch.float32", 6, 16), ("torch.int64", 5, 16)]
-    buffers += [("torch.float32", 5, 16), ("torch.bool", 5, 16)]
+    buffers = [("torch.uint8", 6, 16, 84, 84, 4), ("torch.float32", 6, 16)]
+    buffers += [("torch.float32", 5, 16), ("torch.int64", 5, 16), ("torch.float32", 5, 16), ("torch.bool", 5, 16)]
     permutations = [("torch.int64", 80)] * 2
     assert sent_learning == buffers + permutations and waits_learning == 1
 
