@@ -7,9 +7,8 @@ https://arxiv.org/abs/2407.04811), plays many games side by side, learns from ea
 
 by gradient steps on (Q(s_t, a_t) - R_t)^2, and forgets it; lambda = 0 is TD(0). LayerNorm and the games keep it stable.
 
-    python pqn_breakout.py       train; --help lists every option
-    python evaluate.py           play whole games with the best model
-    tensorboard --logdir logs    watch the curves
+    python pqn_breakout.py    train; --help lists every option
+    python evaluate.py        play whole games with the best model
 
 The record (2,000,000 steps, last 100 training games, three seeds): 351 with TD(0), the defaults, and 378 with the
 recommended --q-lambda 0.3 --gamma 0.995 --update-epochs 2, in 30 minutes on two cores of an AMD EPYC (Zen 5, bfloat16).
@@ -194,6 +193,7 @@ def play(network: nn.Module, envs: VecEnv, rollout: Rollout, epsilons: list[floa
             last[truncated] = [infos[i]["terminal_observation"].transpose(1, 2, 0) for i in truncated]
             rewards[t, truncated] += gamma * q_values(last).max(1)[truncated]
         rollout.actions[t] = [info.get("action", actions[i]) for i, info in enumerate(infos)]  # what was played
+        rollout.dones[t] |= ["action" in info for info in infos]  # waiting for a ball looks like having lost it
         rollout.advantages[t] = q[range(len(q)), rollout.actions[t]] - rollout.values[t]
         games += [(t, info["episode"]["r"], info["episode"]["l"]) for info in infos if "episode" in info]
     return games, 1 - num_rewards / rewards.size
@@ -410,8 +410,8 @@ class AtariVecEnv(VecEnv):
         self.lengths += 1
         infos = [{"lives": int(n), "TimeLimit.truncated": bool(t)} for n, t in zip(self.lives, truncated, strict=True)]
         for i, info in enumerate(infos):
-            if actions[i] != requested[i]:
-                info["action"] = int(actions[i])
+            if self.fire is not None and self.new_life[i]:
+                info["action"] = self.fire
             if done[i]:
                 info["terminal_observation"] = details["final_obs"][i] if over[i] else observations[i]
             if over[i]:  # `observations` and `lives` are the next game's

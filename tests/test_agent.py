@@ -182,7 +182,7 @@ def test_play_fills_the_buffers_with_what_the_environments_said_and_bootstraps_t
         advantages = q_values[range(16), acted] - q_values.max(1)
         np.testing.assert_allclose(rollout.advantages[t], advantages, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(acted[1:], epsilon_greedy(q_values, epsilons[t], rng)[1:])
-        np.testing.assert_array_equal(rollout.dones[t], done)
+        np.testing.assert_array_equal(rollout.dones[t], done | ["action" in info for info in infos])
         np.testing.assert_allclose(rollout.rewards[t], reward + 0.9 * truncated * last_room, rtol=1e-4)
         games += [(t, info["episode"]["r"], info["episode"]["l"]) for info in infos if "episode" in info]
         observations = following
