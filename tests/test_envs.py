@@ -96,11 +96,8 @@ def play(env_id: str, num_steps: int, num_envs: int = 1) -> SimpleNamespace:
         asked = rng.integers(env.action_space.n, size=num_envs)
         frames, rewards, dones, infos = env.step(asked)
         for i, info in enumerate(infos):
-            taken = info.get("action", asked[i])
-            seen = SimpleNamespace(
-                asked=asked[i], taken=taken, frames=frames[i], reward=rewards[i], done=dones[i], info=info
-            )
-            games[i].append((seen, emulators[i].step(taken)))
+            seen = SimpleNamespace(frames=frames[i], reward=rewards[i], done=dones[i], info=info)
+            games[i].append((seen, emulators[i].step(info.get("action", asked[i]))))
     return SimpleNamespace(first=first, games=games, emulators=emulators)
 
 
