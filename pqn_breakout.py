@@ -51,7 +51,7 @@ Size = Annotated[float, (1e-9, 1e9)]
 
 @dataclass
 class Args:
-    """Train PQN. Recommended: --q-lambda 0.3 --gamma 0.995 --update-epochs 2 --advantage-alpha 0.9."""
+    """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.995 --update-epochs 2."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
     seed: Annotated[int, (0, 2**31 - 1)] = 1  # of network, exploration, minibatches and games
