@@ -77,7 +77,7 @@ def left(tmp_path_factory) -> tuple[Path, list[dict], str]:
 
 def test_two_processes_learn_what_one_learns_from_their_joint_minibatches(left):
     network, optimizer, rollout = learning_task()
-    frames, values, actions, rewards, dones = map(torch.from_numpy, vars(rollout).values())
+    frames, values, _, actions, rewards, dones = map(torch.from_numpy, vars(rollout).values())
     frames = frames.permute(0, 1, 4, 2, 3)
     rngs = [np.random.default_rng(rank) for rank in (0, 1)]
     for _ in range(2):
