@@ -21,17 +21,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 LEVELS = {"Breakout": (1.7, 31.8), "Pong": (-20.7, 9.3), "SpaceInvaders": (148, 1652)}
 
 
-def score_curve(run_dir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def score_curve(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, minutes of training (without those between a stop and a resumption), and mean of the last 100 games."""
-    events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        sys.exit(f"{run_dir}: no events of a game that is over")
     games = events.Scalars("charts/episodic_return")
-    returns = np.array([game.value for game in games])
-    sums = np.cumsum(np.insert(returns, 0, 0.0))
-    ends = np.arange(1, len(returns) + 1)
-    starts = np.maximum(ends - 100, 0)
+    sums = np.cumsum([game.value for game in games])
+    sums[100:] -= sums[:-100].copy()
+    means = sums / np.minimum(np.arange(1, len(sums) + 1), 100)
     seconds = np.diff([events.FirstEventTimestamp(), *(game.wall_time for game in games)])
     minutes = np.where(seconds < 300, seconds, 0.0).cumsum() / 60
-    return np.array([game.step for game in games]), minutes, (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([game.step for game in games]), minutes, means
 
 
 def table_row(label: str, curves: list) -> str:
@@ -51,10 +52,10 @@ def main() -> None:
     games = {}
     for setting in sys.argv[2:]:
         label, pattern = setting.split("=", 1)
-        run_dirs = sorted(glob.glob(pattern))
+        run_dirs = sorted(Path(path).parent for path in glob.glob(f"{pattern}/args.json"))
         if not run_dirs:
             sys.exit(f"{pattern}: no such runs")
-        env_id = json.loads(Path(run_dirs[0], "args.json").read_text())["env_id"]
+        env_id = json.loads((run_dirs[0] / "args.json").read_text())["env_id"]
         game = env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-")[0]
         label += f", {len(run_dirs)} seeds" * (len(run_dirs) > 1)
         games.setdefault(game, []).append((label, [score_curve(run_dir) for run_dir in run_dirs]))
@@ -75,8 +76,7 @@ def main() -> None:
             axis.spines[["top", "right"]].set_visible(False)
             for level, name in zip(LEVELS.get(game, ()), ("random", "human"), strict=False):
                 axis.axhline(level, color="gray", linewidth=0.8, linestyle=":")
-                at = {"xy": (1, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                axis.annotate(name, **at, color="gray")
+                axis.text(1, level, name, transform=axis.get_yaxis_transform(), ha="right", va="bottom", color="gray")
         axes[0].legend(frameon=False)
     figure.savefig(sys.argv[1], dpi=150)
 
