@@ -14,7 +14,6 @@ events of each contender in its folder, for tests/plot_runs.py; begun again, it 
 import contextlib
 import itertools
 import json
-import os
 import platform
 import re
 import shutil
@@ -30,6 +29,8 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+
+from joblib import cpu_count
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -203,7 +204,7 @@ def race(minutes: float, race_dir: Path, steps: int) -> None:
         total = int(60 * minutes * speed)
         print(f"{name}: {speed:,.0f} steps/s, {total:,} steps in {minutes:g} minutes", flush=True)
         in_process(trained, settings, total, minutes, folder)
-        about = {"minutes": minutes, "steps": total, "cpu": cpu()}
+        about = {"minutes": minutes, "steps": total, "cpu": cpu(), "cores": cpu_count()}
         about |= {package: version(package) for package in ("torch", "stable-baselines3")}
         (folder / "race.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -248,12 +249,11 @@ def main() -> None:
 
     options = tyro.cli(Options)
     steps, repeats = (2048, 1) if options.quick else (options.steps, options.repeats)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ("torch", "ale-py", "stable-baselines3", "gymnasium", "numpy")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    figures = {"cpu": cpu(), "cores": cores, "capabilities": dict(torch.cpu.get_capabilities())}
+    figures = {"cpu": cpu(), "cores": cpu_count(), "capabilities": dict(torch.cpu.get_capabilities())}
     figures |= {"versions": versions, "steps": steps, "repeats": repeats}
-    print(f"{cpu()}, {cores} cores; {', '.join(f'{name} {number}' for name, number in versions.items())}\n")
+    print(f"{cpu()}, {cpu_count()} cores; {', '.join(f'{name} {number}' for name, number in versions.items())}\n")
 
     if "environments" in options.parts:
         cases = {f"native, {n} games": (environments, "native", n, 4 * steps) for n in (32, 128)}
