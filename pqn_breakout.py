@@ -10,8 +10,8 @@ by gradient steps on (Q(s_t, a_t) - R_t)^2, and forgets it; lambda = 0 is TD(0).
     python pqn_breakout.py    train; --help lists every option
     python evaluate.py        play whole games with the best model
 
-The record (2,000,000 steps, last 100 training games, three seeds; before serves were ends): 351 with TD(0), the
-defaults, and 378 with the recommended --q-lambda 0.3 --gamma 0.995 --update-epochs 2, in 30 minutes on two Zen 5 cores.
+The record (2,000,000 steps, last 100 training games, three seeds): 351 with TD(0), the defaults, before serves were
+ends, and 377 with the recommended --q-lambda 0.3 --gamma 0.995 --update-epochs 2, in 37 minutes on one Zen 5 core.
 """
 
 import contextlib

@@ -60,7 +60,7 @@ def main() -> None:
         label += f", {len(run_dirs)} seeds" * (len(run_dirs) > 1)
         games.setdefault(game, []).append((label, [score_curve(run_dir) for run_dir in run_dirs]))
         print(table_row(f"{game}, {label}", games[game][-1][1]))
-    size = {"figsize": (10, 4 * len(games)), "sharey": "row", "squeeze": False, "layout": "constrained"}
+    size = {"figsize": (12, 4 * len(games)), "sharey": "row", "squeeze": False, "layout": "constrained"}
     figure, rows = plt.subplots(len(games), 2, **size)
     for (game, settings), axes in zip(games.items(), rows, strict=True):
         for color, (label, curves) in zip(plt.colormaps["tab10"].colors, settings, strict=False):
@@ -77,7 +77,7 @@ def main() -> None:
             for level, name in zip(LEVELS.get(game, ()), ("random", "human"), strict=False):
                 axis.axhline(level, color="gray", linewidth=0.8, linestyle=":")
                 axis.text(1, level, name, transform=axis.get_yaxis_transform(), ha="right", va="bottom", color="gray")
-        axes[0].legend(frameon=False)
+        axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(sys.argv[1], dpi=150)
 
 
