@@ -161,9 +161,8 @@ def race_pqn(settings: dict, steps: int, minutes: float, folder: Path) -> None:
     args = pqn_breakout.Args(env_id=ENV_ID, **settings, total_timesteps=steps, log_dir=str(folder))
     run_dir = pqn_breakout.train(args, stop)
     timer.cancel()
-    for path in run_dir.iterdir():
-        if path.suffix != ".pth":
-            path.rename(folder / path.name)
+    for path in (run_dir / "args.json", *run_dir.glob("events.*")):
+        path.rename(folder / path.name)
     shutil.rmtree(run_dir)
 
 
