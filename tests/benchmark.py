@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 ENV_ID = "BreakoutNoFrameskip-v4"
 CLEANRL = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "q_lambda": 0.65}
 PAPER = {"num_envs": 128, "num_steps": 32, "num_minibatches": 32, "update_epochs": 2, "q_lambda": 0.65}
-RECOMMENDED = {"q_lambda": 0.3, "gamma": 0.995, "update_epochs": 2}
+RECOMMENDED = {"q_lambda": 0.3, "gamma": 0.997, "update_epochs": 2}
 SETTINGS = {"PQN, CleanRL's settings": CLEANRL, "PQN, the paper's settings": PAPER, "PQN, the defaults": {}}
 
 
