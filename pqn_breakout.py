@@ -272,19 +272,19 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
+        if rank == 0:
+            name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
+            run_dir = Path(args.resume or Path(args.log_dir, name))
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            stack.enter_context(FileLock(run_dir / ".lock", timeout=0))  # one process writes
         global_step, recent, best = 0, [], {"mean_return": -math.inf, "network": network.state_dict()}
         if args.resume:
             checkpoint = load(Path(args.resume, "checkpoint.pth"), CHECKPOINT, network, optimizer)
             global_step, recent = checkpoint["global_step"], checkpoint["recent"]
             if Path(args.resume, "best_model.pth").exists():
                 best = load(Path(args.resume, "best_model.pth"), MODEL)
-        # Averages the gradients of all processes.
-        learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
+        learner = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network  # averages gradients
         if rank == 0:
-            name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
-            run_dir = Path(args.resume or Path(args.log_dir, name))
-            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-            stack.enter_context(FileLock(run_dir / ".lock", timeout=0))  # one process writes
             save_run()
             writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # takes back what came later
             stack.callback(writer.close)

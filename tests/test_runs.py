@@ -343,6 +343,7 @@ def test_a_damaged_run_is_not_resumed_over(run_dir, cli, name):
 def test_a_folder_in_use_is_refused(on_step, monkeypatch, tmp_path):
     def start_another(number, *_):
         if number == 6:
+            (run_in(tmp_path) / "checkpoint.pth").write_bytes(b"half of another's")  # only to be read under the lock
             before = snapshot(tmp_path)
             with pytest.raises(OSError, match=r"\.lock"):
                 train(Args(**TINY, resume=str(run_in(tmp_path))))
