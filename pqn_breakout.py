@@ -92,8 +92,7 @@ class QNetwork(nn.Module):
         self.fc1, self.ln_fc = nn.Linear(7 * 7 * 64, 512), nn.LayerNorm(512)
         self.fc2 = nn.Linear(512, num_actions)
         for layer in (self.conv1, self.conv2, self.conv3, self.fc1, self.fc2):
-            # Q-values start near zero: what they start at has to be unlearned.
-            nn.init.orthogonal_(layer.weight, 0.01 if layer is self.fc2 else math.sqrt(2))
+            nn.init.orthogonal_(layer.weight, 0.01 if layer is self.fc2 else math.sqrt(2))  # 0.01: less to unlearn
             nn.init.zeros_(layer.bias)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
@@ -338,9 +337,10 @@ def train(args: Args, stop: list | tuple = ()) -> Path | None:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, global_step)
             mean_return = score if len(recent) == 100 else -math.inf  # until then the last is best
-            if mean_return >= best["mean_return"]:
+            highest = max(mean_return, best["mean_return"])
+            if mean_return >= highest - np.std(recent or 0) / 5:  # within two standard errors the newer is better
                 weights = {name: weight.clone() for name, weight in network.state_dict().items()}
-                best = {"global_step": global_step, "mean_return": mean_return, "network": weights}
+                best = {"global_step": global_step, "mean_return": highest, "network": weights}
             if recent and now - reported > 30:
                 progress = f"step {global_step:,} of {args.total_timesteps:,}: score {score:.1f}"
                 say(f"{progress}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s")
