@@ -4,8 +4,7 @@
     python tests/plot_runs.py games.png "TD(0)=logs/reference/td0_pong/*" "TD(0)=logs/reference/td0_space_invaders/*"
 
 Each LABEL=PATTERN names the runs of one setting; several runs are drawn as their mean and range, over the minutes that
-they took on average. Every game gets a row of its own. The score is the mean of the last 100 training games, as
-`best_model.pth` is chosen by. A table of the same is printed.
+they took on average; a table is printed. Every game gets a row. The score is the mean of the last 100 training games.
 """
 
 import glob

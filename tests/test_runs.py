@@ -264,8 +264,7 @@ def test_the_best_model_is_the_newest_within_two_standard_errors_of_the_best_mea
         if step[0] == 190:
             assert load(run_in(tmp_path) / "best_model.pth", MODEL)["global_step"] == 0
 
-    # 8 games a rollout: the mean of the last 100 rises until step 200; with 8 zeros it is 8.3 lower, two standard
-    # errors being 9.8; with 16 it is 17.2 lower, these being 12.4.
+    # The mean rises until step 200; 8 zeros take 8.3 from it (two standard errors are 9.8), 16 take 17.2 (12.4).
     end_game = end_with(chain(range(200), repeat(0)))
     on_step(hook)
     run_dir = train(Args(**TINY | {"total_timesteps": 400}, log_dir=str(tmp_path)))
