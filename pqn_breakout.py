@@ -71,8 +71,7 @@ from torch.utils.tensorboard import SummaryWriter
 # Types and their bounds. What is made of them is checked: options, and what was read from files.
 CHECKED = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=True)
 Count = Annotated[StrictInt, Field(ge=1, le=10**6)]
-Steps = Annotated[StrictInt, Field(ge=0, le=10**12)]
-Seed = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Natural = Annotated[StrictInt, Field(ge=0, le=10**12)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
 Part = Annotated[StrictFloat, Field(ge=1e-9, le=1)]
 Positive = Annotated[StrictFloat, Field(ge=1e-9, le=1e9)]
@@ -88,8 +87,8 @@ class Args:
     """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.997 --update-epochs 2."""
 
     env_id: Game = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
-    seed: Seed = 1  # of network, exploration, minibatches and games
-    total_timesteps: Steps = 2_000_000  # steps of all games together, 4 frames each
+    seed: Natural = 1  # of network, exploration, minibatches and games
+    total_timesteps: Natural = 2_000_000  # steps of all games together, 4 frames each
     learning_rate: Positive = 1e-3  # step size of RAdam
     anneal_lr: StrictBool = True  # lower the learning rate linearly to zero
     num_envs: Count = 32  # games in parallel, of all processes together
@@ -105,7 +104,7 @@ class Args:
     max_grad_norm: Positive = 10.0  # gradients are clipped to this norm
     device: Text = "auto"  # cpu, cuda, cuda:1, mps...; auto is CUDA, or else the CPU
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the device has it
-    num_threads: Steps = 0  # CPU threads of a process; 0 is its share of the cores
+    num_threads: Natural = 0  # CPU threads of a process; 0 is its share of the cores
     compile: StrictBool = False  # torch.compile, on CUDA with CUDA graphs; slower on a CPU
     vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: Text = "logs"  # where the run's folder is made
@@ -146,7 +145,7 @@ class QNetwork(nn.Module):
             nn.init.orthogonal_(layer.weight, 0.01 if layer is self.fc2 else math.sqrt(2))
             nn.init.zeros_(layer.bias)
 
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames):
         x = frames.contiguous(memory_format=torch.channels_last)
         x = x.to(torch.bfloat16 if self.bf16 else torch.float32)
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
@@ -365,7 +364,7 @@ class BestModel:
 
     env_id: Game
     network: Tensors
-    global_step: Steps  # when the network was kept
+    global_step: Natural  # when the network was kept
     mean_return: Mean = -math.inf  # of its last 100 training games, once there are 100
     highest_mean: Mean = -math.inf  # of any network of this run; older files lack it
 
@@ -375,10 +374,10 @@ class Checkpoint:
     """What checkpoint.pth holds: a run as it was after a whole rollout."""
 
     args: Args
-    global_step: Steps
+    global_step: Natural
     scores: Annotated[list[Score], Field(max_length=100)]  # true scores of the last training games
     learned: Tensors  # weights, and moments of the optimizer
-    updates: Steps  # that the optimizer has made
+    updates: Natural  # that the optimizer has made
     best: BestModel
 
 
@@ -449,9 +448,9 @@ class Run:
             self.best = BestModel(self.args.env_id, weights, self.global_step, mean, highest)
 
     def progress(self):
-        total = self.args.total_timesteps
         score = f"score {np.mean(self.scores):.1f}" if self.scores else "no game is over yet"
-        return f"step {self.global_step:,} of {total:,} ({self.global_step / total:.0%}): {score}"
+        done = f"{self.global_step:,} of {self.args.total_timesteps:,}"
+        return f"step {done} ({self.global_step / self.args.total_timesteps:.0%}): {score}"
 
 
 def end(run, folder):
@@ -477,27 +476,32 @@ def torch_settings(num_threads):
         torch.set_num_threads(before)
 
 
-def open_folder(args: Args, cleanup) -> Path:
+def open_folder(args: Args, cleanup):
     """The run's folder, where from now on no other process may write. Raises UserError, OSError."""
     name = f"{args.env_id.replace('/', '-')}__pqn_breakout__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.resume or Path(args.log_dir, name))
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     try:
-        cleanup.enter_context(FileLock(folder / ".lock", timeout=0))
+        try:
+            cleanup.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            raise
+        except (
+            OSError
+        ):  # Some network drives have no locks. There a file that names its process is one.
+            cleanup.enter_context(SoftFileLock(folder / ".lock_file", timeout=0))
     except Timeout:
         raise UserError(f"{folder}: another process trains this run") from None
-    except OSError:
-        # Some network drives have no locks. There a file that names its process stands in for one.
-        cleanup.enter_context(SoftFileLock(folder / ".lock_file", timeout=0))
     return folder
 
 
-def train(args: Args) -> Path:
+def train(args: Args, at_start=None) -> Path:
     """Trains as `args` say; returns the run's folder.
 
     In a process group every process calls this and plays its share of the games; rank 0 alone
     writes and reports. However training ends, also by an exception in the middle of a rollout, the
-    run is saved as it was after the last whole one. Raises UserError, OSError, RuntimeError.
+    run is saved as it was after the last whole one. A program may pass `at_start`, which makes a
+    context from the folder, to hold while training. Raises UserError, OSError, RuntimeError.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_sizes(args, world_size)
@@ -534,6 +538,8 @@ def train(args: Args) -> Path:
         if rank == 0:
             run.save(folder)
             write_file(folder / "args.json", json.dumps(vars(args), indent=2).encode())
+            if at_start:
+                cleanup.enter_context(at_start(folder))
             cleanup.callback(end, run, folder)
             # What a killed run wrote after its checkpoint is hidden.
             writer = SummaryWriter(folder, purge_step=run.global_step + 1)
@@ -583,7 +589,7 @@ def train(args: Args) -> Path:
             if rank > 0:
                 continue  # the rest is for the process that writes
 
-            # 6. Write the curves.
+            # 6. Write the curves, keep the run as it is now, and report.
             now = time.monotonic()
             sps = (run.global_step - first_step) / (now - start)
             curves = {
@@ -595,7 +601,6 @@ def train(args: Args) -> Path:
                 "losses/current_q": current_q,
                 "losses/target_q": target_q,
             }
-            save_now = now - checkpointed > 60 * args.checkpoint_minutes
             try:
                 for report in reports:
                     for t, score, length in report["games"]:
@@ -604,17 +609,14 @@ def train(args: Args) -> Path:
                         writer.add_scalar("charts/episodic_length", length, steps[t])
                 for tag, value in curves.items():
                     writer.add_scalar(tag, value, run.global_step)
-                if save_now:
+                run.update_best()
+                run.keep()
+                if now - checkpointed > 60 * args.checkpoint_minutes:
                     writer.flush()  # the curves of a killed run reach to its checkpoint
-            except OSError as error:
+                    run.save(folder)
+                    checkpointed = now
+            except OSError as error:  # of the writer, which does not name its file
                 raise UserError(f"{folder}: curves cannot be written: {error.strerror}") from None
-
-            # 7. Keep the best model and the run as it is now, save from time to time, and report.
-            run.update_best()
-            run.keep()
-            if save_now:
-                run.save(folder)
-                checkpointed = now
             if now - reported > 30:
                 say(
                     f"{run.progress()}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s, "
@@ -905,13 +907,17 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTE
 
 
 @contextlib.contextmanager
-def exit_at_signals(notice):
-    """Inside, each of SIGNALS ends the program by SystemExit, as soon as PyTorch returns."""
+def exit_at_signals(folder):
+    """Inside, the first of SIGNALS raises SystemExit, and a second one ends the process at once."""
+
+    def end_at_once(number, _):
+        say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
+        os._exit(128 + number)
 
     def handle(number, _):
-        say(notice)
-        if "RANK" in os.environ:  # torchrun sends a Ctrl-C that its processes have had already
-            signal.signal(number, signal.SIG_IGN)
+        say("stops and saves the last whole rollout; a second signal ends without saving")
+        # torchrun sends a Ctrl-C once more that its processes have had from the terminal.
+        signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else end_at_once)
         sys.exit(128 + number)
 
     with contextlib.ExitStack() as cleanup:
@@ -954,15 +960,11 @@ def main():
     if args.resume:
         args = tyro.cli(Args, default=load(Path(args.resume, "checkpoint.pth"), Checkpoint).args)
     if "RANK" in os.environ:  # set by torchrun
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # no handler of Python's runs while PyTorch waits
+        # While PyTorch waits for other processes, no handler of Python's can run.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         dist.init_process_group()
     try:
-        with exit_at_signals(
-            "stops and saves the last whole rollout; a second signal does not save"
-        ):
-            train(args)
+        train(args, at_start=exit_at_signals)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
