@@ -297,7 +297,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma, 
     return finished, 1 - num_rewards / rollout.rewards.size
 
 
-def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args) -> list[float]:
+def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args):
     """All updates from a rollout. Overwrites its `values` and `advantages`.
 
     Each epoch computes its targets anew from the newest Q-values. Those of a state that was played
@@ -941,9 +941,8 @@ def run_command(command):
         sys.stdout.reconfigure(errors="backslashreplace")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
     hook = threading.excepthook
-    threading.excepthook = lambda _: (
-        None
-    )  # what TensorBoard's thread raises, its writer raises again
+    # What TensorBoard's thread raises, its writer raises again.
+    threading.excepthook = lambda _: None
     try:
         command()
     except KeyboardInterrupt:
