@@ -25,6 +25,7 @@ if __name__ == "__main__":  # The libraries read these once, when they are loade
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
+import atexit
 import contextlib
 import difflib
 import io
@@ -69,11 +70,10 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 # Types and their bounds. What is made of them is checked: options, and what was read from files.
-CHECKED = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=True)
+CHECKED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Count = Annotated[StrictInt, Field(ge=1, le=10**6)]
 Natural = Annotated[StrictInt, Field(ge=0, le=10**12)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
-Part = Annotated[StrictFloat, Field(ge=1e-9, le=1)]
 Positive = Annotated[StrictFloat, Field(ge=1e-9, le=1e9)]
 Score = Annotated[StrictFloat, Field(ge=-1e9, le=1e9)]
 Mean = Annotated[StrictFloat, Field(le=1e9)]  # -infinity where there is none
@@ -100,7 +100,7 @@ class Args:
     advantage_alpha: Fraction = 0.0  # alpha of advantage learning; 0 is none
     start_e: Fraction = 1.0  # epsilon at the start
     end_e: Fraction = 0.01  # epsilon after the exploration phase
-    exploration_fraction: Part = 0.05  # part of the training until epsilon is end_e
+    exploration_fraction: Fraction = 0.05  # part of the training until epsilon is end_e
     max_grad_norm: Positive = 10.0  # gradients are clipped to this norm
     device: Text = "auto"  # cpu, cuda, cuda:1, mps...; auto is CUDA, or else the CPU
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the device has it
@@ -196,7 +196,7 @@ class RAdam(torch.optim.Adam):
 
 def linear_schedule(start, end, duration, step):
     """`start` at step 0, `end` from step `duration` on, a straight line between."""
-    return start + (end - start) * min(step / duration, 1.0)
+    return start + (end - start) * min(step / max(duration, 1), 1.0)
 
 
 def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng) -> np.ndarray:
@@ -322,8 +322,7 @@ def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Arg
             values[-1] = network(frames[-1].permute(0, 3, 1, 2)).amax(1)
         targets = q_lambda_returns(rewards, values[1:], dones, args.gamma, args.q_lambda).flatten()
         targets += args.advantage_alpha * advantages.clamp(min=-1)
-        shuffled = to_device(rng.permutation(len(targets)), network)
-        for rows in shuffled.chunk(args.num_minibatches):
+        for rows in to_device(rng.permutation(len(targets)), network).chunk(args.num_minibatches):
             q_values = network(states.index_select(0, rows).permute(0, 3, 1, 2))
             q_taken = q_values.gather(1, actions[rows].unsqueeze(1)).squeeze(1)
             loss = F.mse_loss(q_taken, targets[rows])
@@ -441,7 +440,7 @@ class Run:
         """
         enough = len(self.scores) == 100
         mean = float(np.mean(self.scores)) if enough else -math.inf
-        margin = 2 * np.std(self.scores) / math.sqrt(100) if enough else 0.0
+        margin = 2 * np.std(self.scores) / 10 if enough else 0.0  # 10 is the root of 100 games
         highest = max(mean, self.best.highest_mean)
         if mean >= highest - margin:
             weights = deepcopy(self.network.state_dict())
@@ -454,26 +453,19 @@ class Run:
 
 
 def end(run, folder):
-    """Saves the run and says how to go on, also where that fails."""
-    try:
-        run.save(folder)
-    finally:
-        say(
-            f"{run.progress()}; next: python evaluate.py --model {folder}, "
-            f"or: python pqn_breakout.py --resume {folder}"
-        )
+    """Saves the run and says how to go on."""
+    run.save(folder)
+    say(
+        f"{run.progress()}; next: python evaluate.py --model {folder}, "
+        f"or: python pqn_breakout.py --resume {folder}"
+    )
 
 
-@contextlib.contextmanager
-def torch_settings(num_threads):
-    """Results that can be repeated, on so many threads; afterwards everything is as it was."""
-    before = torch.get_num_threads()
+def repeatable(num_threads, cleanup):
+    """Lets PyTorch compute results that can be repeated, on so many threads, until `cleanup`."""
+    cleanup.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(num_threads)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    cleanup.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True))
 
 
 def open_folder(args: Args, cleanup):
@@ -495,13 +487,14 @@ def open_folder(args: Args, cleanup):
     return folder
 
 
-def train(args: Args, at_start=None) -> Path:
+def train(args: Args, at_start=None):
     """Trains as `args` say; returns the run's folder.
 
     In a process group every process calls this and plays its share of the games; rank 0 alone
     writes and reports. However training ends, also by an exception in the middle of a rollout, the
-    run is saved as it was after the last whole one. A program may pass `at_start`, which makes a
-    context from the folder, to hold while training. Raises UserError, OSError, RuntimeError.
+    run is saved as it was after the last whole one. A program may pass `at_start`, which is called
+    with the folder, and with a stack for what must be undone at the end.
+    Raises UserError, OSError, and RuntimeError where PyTorch does.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_sizes(args, world_size)
@@ -518,7 +511,7 @@ def train(args: Args, at_start=None) -> Path:
     parent = os.getppid()
     with contextlib.ExitStack() as cleanup:
         # 1. Make the agent, or load it, and start the games.
-        cleanup.enter_context(torch_settings(args.num_threads))
+        repeatable(args.num_threads, cleanup)
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, args.num_threads)
         cleanup.callback(envs.close)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
@@ -539,7 +532,7 @@ def train(args: Args, at_start=None) -> Path:
             run.save(folder)
             write_file(folder / "args.json", json.dumps(vars(args), indent=2).encode())
             if at_start:
-                cleanup.enter_context(at_start(folder))
+                at_start(folder, cleanup)
             cleanup.callback(end, run, folder)
             # What a killed run wrote after its checkpoint is hidden.
             writer = SummaryWriter(folder, purge_step=run.global_step + 1)
@@ -906,9 +899,8 @@ def check_sizes(args: Args, world_size):
 SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
-@contextlib.contextmanager
-def exit_at_signals(folder):
-    """Inside, the first of SIGNALS raises SystemExit, and a second one ends the process at once."""
+def exit_at_signals(folder, cleanup):
+    """Until `cleanup`, the first of SIGNALS raises SystemExit, a second one ends the process."""
 
     def end_at_once(number, _):
         say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
@@ -920,11 +912,16 @@ def exit_at_signals(folder):
         signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else end_at_once)
         sys.exit(128 + number)
 
-    with contextlib.ExitStack() as cleanup:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                cleanup.callback(signal.signal, number, signal.signal(number, handle))
-        yield
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            cleanup.callback(signal.signal, number, signal.signal(number, handle))
+
+
+def end_after_signal(pipe):
+    """Ends a process that a signal did not, as its handler waits while PyTorch waits for others."""
+    os.read(pipe, 1)
+    time.sleep(7)
+    os._exit(1)
 
 
 def one_line(error):
@@ -959,14 +956,13 @@ def main():
     if args.resume:
         args = tyro.cli(Args, default=load(Path(args.resume, "checkpoint.pth"), Checkpoint).args)
     if "RANK" in os.environ:  # set by torchrun
-        # While PyTorch waits for other processes, no handler of Python's can run.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        threading.Thread(target=end_after_signal, args=(reader,), daemon=True).start()
         dist.init_process_group()
-    try:
-        train(args, at_start=exit_at_signals)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    train(args, at_start=exit_at_signals)
 
 
 if __name__ == "__main__":
