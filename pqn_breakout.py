@@ -440,7 +440,7 @@ class Run:
         """
         enough = len(self.scores) == 100
         mean = float(np.mean(self.scores)) if enough else -math.inf
-        margin = 2 * np.std(self.scores) / 10 if enough else 0.0  # 10 is the root of 100 games
+        margin = 2 * np.std(self.scores) / 10 if enough else 0.0  # the root of 100 games is 10
         highest = max(mean, self.best.highest_mean)
         if mean >= highest - margin:
             weights = deepcopy(self.network.state_dict())
@@ -478,9 +478,8 @@ def open_folder(args: Args, cleanup):
             cleanup.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
             raise
-        except (
-            OSError
-        ):  # Some network drives have no locks. There a file that names its process is one.
+        except OSError:
+            # Some network drives have no locks. There a file that names its process is one.
             cleanup.enter_context(SoftFileLock(folder / ".lock_file", timeout=0))
     except Timeout:
         raise UserError(f"{folder}: another process trains this run") from None
