@@ -69,7 +69,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTranspose
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-# Types and their bounds. What is made of them is checked: options, and what was read from files.
+# Types and their bounds. A dataclass of them checks its values when it is made, from options as
+# well as from a file.
 CHECKED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Count = Annotated[StrictInt, Field(ge=1, le=10**6)]
 Natural = Annotated[StrictInt, Field(ge=0, le=10**12)]
@@ -86,6 +87,7 @@ Tensors = dict[str, torch.Tensor]
 class Args:
     """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.997 --update-epochs 2."""
 
+    # tyro shows the comments behind the options as their help.
     env_id: Game = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
     seed: Natural = 1  # of network, exploration, minibatches and games
     total_timesteps: Natural = 2_000_000  # steps of all games together, 4 frames each
@@ -173,10 +175,15 @@ class RAdam(torch.optim.Adam):
 
     def go_on_from(self, steps):
         """Counts on from the steps that were made before a stop."""
+        # A number of Python's, as reading the tensors "step" would wait for the device.
         self.steps = steps
 
     def step(self, lr: float):
-        """One update. Adam divides momentum by sqrt(variance) + eps from the first step on."""
+        """One update: Adam's with another learning rate, but at first without its division.
+
+        torch's RAdam adds eps before it corrects the bias of the variance, and Adam adds it
+        afterwards: hence the eps that is divided by the root of bias2.
+        """
         group = self.param_groups[0]
         self.steps += 1
         beta2 = group["betas"][1]
@@ -188,7 +195,8 @@ class RAdam(torch.optim.Adam):
             group["lr"] = lr * math.sqrt(factor)
             group["eps"] = 1e-8 / math.sqrt(bias2)
         else:
-            # Plain momentum: beside so large an eps the root is nothing, and eps cancels out.
+            # Momentum alone. Adam divides by sqrt(variance) + eps; with so large an eps the root
+            # is nothing, and eps cancels against the learning rate.
             group["lr"] = lr * 1e8
             group["eps"] = 1e8
         super().step()
@@ -199,7 +207,7 @@ def linear_schedule(start, end, duration, step):
     return start + (end - start) * min(step / max(duration, 1), 1.0)
 
 
-def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng) -> np.ndarray:
+def epsilon_greedy(q_values: np.ndarray, epsilon: float, rng):
     """Actions, int64 `(num_envs,)`, for Q-values `(num_envs, num_actions)`.
 
     Each game draws for itself whether it explores.
@@ -224,8 +232,9 @@ def q_lambda_returns(rewards, next_values, dones, gamma, q_lambda):
 class Rollout:
     """What happened in `num_steps` steps of every game. `play` fills it, `learn` reads it.
 
-    `frames` has one row more: the states after the last step, from where the next rollout goes on.
-    `values` has it, too, but `learn` writes that row, anew in every epoch.
+    `frames` and `values` have one more row, for the states after the last step. The next rollout
+    goes on from these frames; `learn` writes that row of `values`, anew in every epoch.
+    Frames are stored channels last, as the convolutions want them: to permute them is no copy.
     """
 
     def __init__(self, num_steps: int, num_envs: int):
@@ -239,13 +248,17 @@ class Rollout:
 
 
 def to_device(array, network):
-    """Where the network is. Does not wait until the array was copied."""
+    """A tensor where the network is.
+
+    A GPU may still read the array afterwards. `play` and `learn` wait for the device before they
+    end (`cpu`, `tolist`), so what is overwritten later has been read by then.
+    """
     device = next(network.parameters()).device
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def play(network, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma, rng):
+def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
     """Fills `rollout`, starting where it ended before: for each of `epsilons` a step of every game.
 
     Returns the finished games as (t, true score, length in steps), and the share of steps without a
@@ -273,6 +286,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma, 
                 actions[i] = info["action"]
                 dones[i] = True
             if "episode" in info:
+                # Its own length, as SB3's pipeline counts frames of the emulator.
                 finished.append((t, info["episode"]["r"], int(rollout.lengths[i])))
                 rollout.lengths[i] = 0
 
@@ -298,7 +312,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons: list[float], gamma, 
 
 
 def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args):
-    """All updates from a rollout. Overwrites its `values` and `advantages`.
+    """All updates from a rollout, whose `values` and `advantages` are then used up.
 
     Each epoch computes its targets anew from the newest Q-values. Those of a state that was played
     come from playing, or from the update that saw it in the epoch before, so they cost nothing.
@@ -351,9 +365,7 @@ def make_agent(args: Args, num_actions: int, device: torch.device):
         torch.random.default_generator.manual_seed(args.seed)
         network = QNetwork(num_actions, bf16).to(device)
     if args.compile:
-        network.compile(
-            dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default"
-        )
+        network.compile(dynamic=False, mode="reduce-overhead")  # with CUDA graphs on CUDA
     return network, RAdam(network.parameters())
 
 
@@ -392,6 +404,7 @@ class Run:
         self.network = network
         self.optimizer = optimizer
         self.global_step = 0
+        self.ending = False
         self.scores = deque(maxlen=100)  # true scores of the games that were finished last
         self.best = BestModel(args.env_id, deepcopy(network.state_dict()), 0)
         self.learned = network.state_dict()
@@ -410,7 +423,7 @@ class Run:
             self.optimizer.steps,
             self.best,
         )
-        self.kept = asdict(checkpoint)
+        self.kept = asdict(checkpoint)  # with copies of the tensors, which the next update changes
 
     def save(self, folder):
         """Writes checkpoint.pth and best_model.pth into `folder`. Raises UserError."""
@@ -425,7 +438,7 @@ class Run:
             if env_id != self.args.env_id:
                 raise UserError(f"--env-id {self.args.env_id}: {path} is of another game, {env_id}")
         fill(self.learned, checkpoint.learned, path)
-        fill(self.best.network, checkpoint.best.network, path)
+        fill(self.best.network, checkpoint.best.network, path)  # only to check it
         self.optimizer.go_on_from(checkpoint.updates)
         self.global_step = checkpoint.global_step
         self.scores.extend(checkpoint.scores)
@@ -435,12 +448,12 @@ class Run:
     def update_best(self):
         """Makes the network the best model, unless its mean is two standard errors below the best.
 
-        A mean of 100 games is noisy: the highest of many belongs to a network that was lucky. So of
+        The highest of many noisy means is biased upwards: it belongs to a lucky network. So of
         networks that are about as good the newest is taken. Before 100 games the last one is.
         """
         enough = len(self.scores) == 100
         mean = float(np.mean(self.scores)) if enough else -math.inf
-        margin = 2 * np.std(self.scores) / 10 if enough else 0.0  # the root of 100 games is 10
+        margin = 2 * np.std(self.scores) / 10 if enough else 0.0  # standard error: std / sqrt(100)
         highest = max(mean, self.best.highest_mean)
         if mean >= highest - margin:
             weights = deepcopy(self.network.state_dict())
@@ -451,14 +464,14 @@ class Run:
         done = f"{self.global_step:,} of {self.args.total_timesteps:,}"
         return f"step {done} ({self.global_step / self.args.total_timesteps:.0%}): {score}"
 
-
-def end(run, folder):
-    """Saves the run and says how to go on."""
-    run.save(folder)
-    say(
-        f"{run.progress()}; next: python evaluate.py --model {folder}, "
-        f"or: python pqn_breakout.py --resume {folder}"
-    )
+    def end(self, folder):
+        """Saves the run and says how to go on."""
+        self.ending = True
+        self.save(folder)
+        say(
+            f"{self.progress()}; next: python evaluate.py --model {folder}, "
+            f"or: python pqn_breakout.py --resume {folder}"
+        )
 
 
 def repeatable(num_threads, cleanup):
@@ -476,10 +489,11 @@ def open_folder(args: Args, cleanup):
     try:
         try:
             cleanup.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
+        except Timeout:  # is an OSError, too
             raise
         except OSError:
-            # Some network drives have no locks. There a file that names its process is one.
+            # Some network drives have no locks. There a file with the number of the process stands
+            # in for one.
             cleanup.enter_context(SoftFileLock(folder / ".lock_file", timeout=0))
     except Timeout:
         raise UserError(f"{folder}: another process trains this run") from None
@@ -492,7 +506,7 @@ def train(args: Args, at_start=None):
     In a process group every process calls this and plays its share of the games; rank 0 alone
     writes and reports. However training ends, also by an exception in the middle of a rollout, the
     run is saved as it was after the last whole one. A program may pass `at_start`, which is called
-    with the folder, and with a stack for what must be undone at the end.
+    with the run, its folder, and a stack for what must be undone at the end.
     Raises UserError, OSError, and RuntimeError where PyTorch does.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -501,7 +515,7 @@ def train(args: Args, at_start=None):
     device = choose_device(args.device)
     num_envs = args.num_envs // world_size
     batch_size = args.num_envs * args.num_steps
-    last_start = args.total_timesteps - batch_size  # from a later step no rollout is whole
+    last_start = args.total_timesteps - batch_size  # a later rollout would go beyond them
     final_lr = 0.0 if args.anneal_lr else args.learning_rate
     lr_at = partial(linear_schedule, args.learning_rate, final_lr, args.total_timesteps)
     exploration = args.exploration_fraction * args.total_timesteps
@@ -531,9 +545,9 @@ def train(args: Args, at_start=None):
             run.save(folder)
             write_file(folder / "args.json", json.dumps(vars(args), indent=2).encode())
             if at_start:
-                at_start(folder, cleanup)
-            cleanup.callback(end, run, folder)
-            # What a killed run wrote after its checkpoint is hidden.
+                at_start(run, folder, cleanup)
+            cleanup.callback(run.end, folder)
+            # TensorBoard hides what a killed run wrote after its checkpoint.
             writer = SummaryWriter(folder, purge_step=run.global_step + 1)
             cleanup.callback(writer.close)
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
@@ -556,7 +570,7 @@ def train(args: Args, at_start=None):
         start = checkpointed = time.monotonic()
         reported = -math.inf
         while run.global_step <= last_start:
-            # 3. Play num_steps of every game, epsilon-greedily.
+            # 3. Play num_steps of every game. A generator a rollout needs no place in a checkpoint.
             rng = np.random.default_rng([args.seed, run.global_step, rank])
             steps = run.global_step + args.num_envs * np.arange(1, args.num_steps + 1)
             epsilons = [epsilon_at(step) for step in steps]
@@ -576,7 +590,7 @@ def train(args: Args, at_start=None):
             if not math.isfinite(loss + norm):
                 hint = "--resume with --bf16 off, or with a lower --learning-rate"
                 raise UserError(f"step {run.global_step:,}: not finite; {hint}")
-            if os.getppid() != parent and world_size > 1:
+            if os.getppid() != parent and world_size > 1:  # or it would train on for ever
                 raise UserError("torchrun has gone")
             if rank > 0:
                 continue  # the rest is for the process that writes
@@ -625,8 +639,8 @@ class AtariVecEnv(VecEnv):
     - Observations are uint8 `(num_envs, 4, 84, 84)`: grayscale, each the brighter of two frames,
       the newest last.
     - A lost life is a termination (`done`, with `terminal_observation`), but the game goes on.
-    - FIRE, which serves a ball, is the first action of every life, whatever was asked for.
-      `infos[i]["action"]` tells of it.
+    - Where a game has FIRE, that is the first action of every life, whatever was asked for, as it
+      serves the ball in Breakout. `infos[i]["action"]` tells of it.
     - Rewards are clipped to their sign. `infos[i]["episode"]` has a game's true score `r` and its
       length `l` in steps, once it is over.
     """
@@ -700,7 +714,7 @@ class AtariVecEnv(VecEnv):
                 info["lives"] = int(lives_before[i]) if truncated[i] else 0
                 info["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i])}
             infos.append(info)
-        self.new_life = done.copy()
+        self.new_life = done.copy()  # as the caller may write into `done`
         self.returns[over] = 0
         self.lengths[over] = 0
         return observations, np.sign(rewards).astype(np.float32), done, infos
@@ -824,7 +838,9 @@ def load(path, kind):
         return kind(**content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: no {kind.__name__}: {first['loc']}: {first['msg']}") from None
+        raise UserError(
+            f"{path}: no {kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:  # unpickling garbage can raise anything
@@ -873,7 +889,7 @@ def choose_device(name):
 
 
 def choose_threads(requested):
-    """CPU threads for this process: its share of the cores, or fewer if so was asked."""
+    """CPU threads for this process: its share of the cores, or fewer if requested."""
     # torchrun tells how many processes share this machine.
     cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if requested > cores:
@@ -898,18 +914,19 @@ def check_sizes(args: Args, world_size):
 SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
-def exit_at_signals(folder, cleanup):
+def exit_at_signals(run, folder, cleanup):
     """Until `cleanup`, the first of SIGNALS raises SystemExit, a second one ends the process."""
-
-    def end_at_once(number, _):
-        say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
-        os._exit(128 + number)
+    received = []
 
     def handle(number, _):
+        received.append(number)
+        # torchrun forwards a Ctrl-C that the terminal has already delivered: no second one counts.
+        if len(received) > 1 and "RANK" not in os.environ:
+            say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
+            os._exit(128 + number)
         say("stops and saves the last whole rollout; a second signal ends without saving")
-        # torchrun sends a Ctrl-C once more that its processes have had from the terminal.
-        signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else end_at_once)
-        sys.exit(128 + number)
+        if not run.ending:  # a first signal must not cut off the save at the end
+            sys.exit(128 + number)
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -917,9 +934,13 @@ def exit_at_signals(folder, cleanup):
 
 
 def end_after_signal(pipe):
-    """Ends a process that a signal did not, as its handler waits while PyTorch waits for others."""
+    """Ends a process of torchrun 7 s after a signal, if that did not.
+
+    A handler of Python's cannot run while PyTorch waits for another process, as in all_reduce, and
+    that process may never come.
+    """
     os.read(pipe, 1)
-    time.sleep(7)
+    time.sleep(7)  # for the handler, and for saving
     os._exit(1)
 
 
