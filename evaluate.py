@@ -121,7 +121,8 @@ class Replay:
             "reward_clipping": False,
         }
         self.env = AtariVectorEnv(num_envs=1, num_threads=1, **options)
-        self.env.reset(seed=seed % 2**31)  # as the native environment does
+        # As AtariVecEnv does. ALE's own number of no-ops at the start is that of make_env, too.
+        self.env.reset(seed=seed % 2**31)
         self.frame_skip = env.frame_skip
         self.score = 0  # true score so far
 
@@ -191,11 +192,11 @@ ROWS = 4
 
 
 @torch.inference_mode()
-def play(network, env_id, episodes, epsilon, seed, watch=None, is_over=lambda: False):
+def play(network, env_id, episodes, epsilon, seed, watch=None, should_stop=lambda: False):
     """Plays whole games, up to ROWS side by side; yields number, score and steps of each.
 
     With `watch` it plays one game at a time, and calls `watch` with a Moment of each step. When
-    `is_over()` becomes true, it ends after the step.
+    `should_stop()` becomes true, it ends after the step.
     """
     device = next(network.parameters()).device
     numbers = deque(range(episodes))
@@ -203,7 +204,7 @@ def play(network, env_id, episodes, epsilon, seed, watch=None, is_over=lambda: F
     batch = np.zeros((ROWS, pqn.FRAMES, pqn.SIDE, pqn.SIDE), np.uint8)
     # None is "only in a terminal"; tqdm would fail where there is no stderr at all.
     with tqdm(unit=" steps", leave=False, disable=None if sys.stderr else True) as steps:
-        while (numbers or games) and not is_over():
+        while (numbers or games) and not should_stop():
             while numbers and len(games) < (1 if watch else ROWS):
                 games.append(Game(env_id, seed, numbers.popleft(), watch))
             for row, game in enumerate(games):
@@ -302,7 +303,7 @@ class Window:
         self.closed = False  # by the user
         try:
             pygame.display.init()
-            # SDL comes to this driver, which shows nothing, where the display does not answer.
+            # SDL falls back to this driver, which shows nothing, where the display does not answer.
             if pygame.display.get_driver() == "offscreen":
                 raise pygame.error("no display can be reached")
         except pygame.error as error:
@@ -477,7 +478,7 @@ def main():
     games = {}
     with contextlib.ExitStack() as cleanup:
         signals = answer_signals(cleanup)
-        # One thread: the emulators use the other cores, and a training may be at work on them.
+        # One thread: a batch of four gains nothing by more, and a training may be at work, too.
         pqn.repeatable(1, cleanup)
         path = Path(args.model) if args.model else find_model()
         if path.is_dir():
@@ -514,13 +515,13 @@ def main():
                 for viewer in viewers:
                     viewer.show(picture)
 
-        def is_over() -> bool:
+        def should_stop() -> bool:
             return bool(signals or (window and window.closed))
 
         if not args.json:
             pqn.say(f"{env_id}, epsilon {args.epsilon:g}, model {path}")
         watcher = watch if viewers else None
-        played = play(network, env_id, args.episodes, args.epsilon, args.seed, watcher, is_over)
+        played = play(network, env_id, args.episodes, args.epsilon, args.seed, watcher, should_stop)
         for number, score, steps in played:
             games[number] = score, steps
             if not args.json:
