@@ -1,5 +1,7 @@
-"""Several processes under torchrun train one agent. (Run by torchrun, this file is the program of each process.)"""
+"""Several processes under torchrun train one agent. (Run by torchrun, this file is the program of
+each process.)"""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -11,25 +13,53 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from test_runs import CUT_BREAKOUT, ENVIRON, OFTEN, TINY, checkpoint_of, curve, flags, run_in, steps_of
+from test_files import LINUX
+from test_runs import (
+    CUT_BREAKOUT,
+    CUT_STEPS,
+    ENVIRON,
+    TINY,
+    checkpoint_of,
+    curve,
+    flags,
+    run_in,
+    steps_of,
+)
 from torch import nn
 
 import pqn_breakout
 from pqn_breakout import Args, QNetwork, RAdam, Rollout, UserError, learn, q_lambda_returns, train
 
-SETTINGS = TINY | {"env_id": CUT_BREAKOUT, "num_envs": 4, "num_minibatches": 2, "total_timesteps": 20 * 16}
-MOVING = SETTINGS | {"env_id": "FreewayNoFrameskip-v4", "total_timesteps": 16, "end_e": 1.0}  # its cars never stop
+SETTINGS = TINY | {"env_id": CUT_BREAKOUT, "num_envs": 4, "num_minibatches": 2}
+SETTINGS |= {"total_timesteps": 20 * 16}
+ROLLOUT = SETTINGS["num_envs"] * SETTINGS["num_steps"]
+# The cars of this game never stop.
+MOVING = SETTINGS | {"env_id": "FreewayNoFrameskip-v4", "total_timesteps": ROLLOUT, "end_e": 1.0}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LEARNING = Args(num_minibatches=2, update_epochs=2, q_lambda=0.5, max_grad_norm=0.5)
 
 
 def learning_task() -> tuple[QNetwork, RAdam, Rollout]:
+    """A network, its optimizer, and random experience of 4 steps of 4 games."""
     torch.manual_seed(1)
-    network, rollout, rng = QNetwork(4), Rollout(4, 4), np.random.default_rng(1)
+    network = QNetwork(4)
+    rollout = Rollout(4, 4)
+    rng = np.random.default_rng(1)
     for name, high in {"frames": 256, "values": 3, "actions": 4, "rewards": 5, "dones": 2}.items():
         buffer = getattr(rollout, name)
         buffer[:] = rng.integers(high, size=buffer.shape)
     return network, RAdam(network.parameters()), rollout
+
+
+def learn_from_a_share(rank: int) -> dict:
+    """The weights after learning from the experience of two of the four games."""
+    network, optimizer, rollout = learning_task()
+    share = Rollout(4, 2)
+    for name in ("frames", "values", "actions", "rewards", "dones"):
+        getattr(share, name)[:] = getattr(rollout, name)[:, 2 * rank : 2 * rank + 2]
+    learner = nn.parallel.DistributedDataParallel(network)
+    learn(learner, optimizer, share, 1e-2, np.random.default_rng(rank), LEARNING)
+    return network.state_dict()
 
 
 def worker(folder: Path) -> None:
@@ -38,27 +68,27 @@ def worker(folder: Path) -> None:
     def watched(network, envs, rollout, *rest):
         seen["start"] = torch.tensor(rollout.frames[-1])
         games = play(network, envs, rollout, *rest)
-        seen["actions"], seen["weights"] = torch.tensor(rollout.actions), list(network.state_dict().values())
+        seen["actions"] = torch.tensor(rollout.actions)
+        seen["weights"] = list(network.state_dict().values())
         if envs.action_space.n == 3 and rank == 1:  # Freeway
             rollout.rewards.fill(np.inf)
         return games
 
     dist.init_process_group()
-    rank, play = dist.get_rank(), pqn_breakout.play
+    rank = dist.get_rank()
+    seen = {"learned": learn_from_a_share(rank)}
+    play = pqn_breakout.play
     pqn_breakout.play = watched
-    network, optimizer, rollout = learning_task()
-    seen = {"learned": network.state_dict()}
-    for name, buffer in vars(rollout).items():
-        setattr(rollout, name, buffer[:, 2 * rank : 2 * rank + 2].copy())
-    learner = nn.parallel.DistributedDataParallel(network)
-    learn(learner, optimizer, rollout, 1e-2, np.random.default_rng(rank), LEARNING)
+
     train(Args(**SETTINGS, log_dir=str(folder / "logs")))
     seen["trained"] = seen["weights"]
-    train(Args(**SETTINGS | {"total_timesteps": 22 * 16}, resume=str(run_in(folder / "logs"))))
+    run_dir = run_in(folder / "logs")
+    train(Args(**SETTINGS | {"total_timesteps": 22 * ROLLOUT, "resume": str(run_dir)}))
     seen["resumed"] = seen["weights"]
     with pytest.raises(UserError, match="not finite"):
         train(Args(**MOVING, log_dir=str(folder / "exploded")))
     torch.save(seen, folder / f"{rank}.pt")
+
     dist.init_process_group = lambda: None  # it is one already
     sys.argv[1:] = flags(**SETTINGS | {"num_envs": 3, "log_dir": folder / "three"})
     pqn_breakout.run_command(pqn_breakout.main)
@@ -68,78 +98,154 @@ def worker(folder: Path) -> None:
 def left(tmp_path_factory) -> tuple[Path, list[dict], str]:
     """What two processes leave: a folder, what each has seen, their errors."""
     folder = tmp_path_factory.mktemp("processes")
-    result = subprocess.run(
-        [*TORCHRUN, "2", __file__, folder], env=ENVIRON, capture_output=True, text=True, timeout=300
-    )
+    command = [*TORCHRUN, "2", __file__, folder]
+    result = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=300)
     assert len(list(folder.glob("*.pt"))) == 2, result.stderr
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], result.stderr
 
 
 def test_two_processes_learn_what_one_learns_from_their_joint_minibatches(left):
     network, optimizer, rollout = learning_task()
-    frames, values, _, actions, rewards, dones = map(torch.from_numpy, vars(rollout).values())
-    frames = frames.permute(0, 1, 4, 2, 3)
+    frames = torch.from_numpy(rollout.frames).permute(0, 1, 4, 2, 3)
+    values = torch.from_numpy(rollout.values)
+    actions = torch.from_numpy(rollout.actions)
+    rewards = torch.from_numpy(rollout.rewards)
+    dones = torch.from_numpy(rollout.dones)
     rngs = [np.random.default_rng(rank) for rank in (0, 1)]
-    for _ in range(2):
+    for _ in range(LEARNING.update_epochs):
         values[-1] = network(frames[-1]).detach().amax(1)
-        targets = q_lambda_returns(rewards, values[1:], dones, LEARNING.gamma, 0.5)
-        for rows in np.stack([rng.permutation(4 * 2).reshape(2, 4) for rng in rngs], axis=1):
-            at = torch.from_numpy(rows // 2).flatten(), torch.from_numpy(rows % 2 + [[0], [2]]).flatten()
-            q_values = network(frames[at])
-            loss = (q_values[torch.arange(8), actions[at]] - targets[at]).square().mean()
+        targets = q_lambda_returns(rewards, values[1:], dones, LEARNING.gamma, LEARNING.q_lambda)
+        # Each process cuts its 4 steps of 2 games into 2 minibatches, row = 2 * step + game.
+        shares = [rng.permutation(4 * 2).reshape(2, 4) for rng in rngs]
+        for minibatches in zip(*shares, strict=True):
+            rows = torch.from_numpy(np.stack(minibatches))
+            step = (rows // 2).flatten()
+            game = (rows % 2 + torch.tensor([[0], [2]])).flatten()
+            q_values = network(frames[step, game])
+            q_taken = q_values[torch.arange(8), actions[step, game]]
+            loss = (q_taken - targets[step, game]).square().mean()
             optimizer.zero_grad()
             loss.backward()
-            assert nn.utils.clip_grad_norm_(network.parameters(), 0.5) > 1
+            assert nn.utils.clip_grad_norm_(network.parameters(), LEARNING.max_grad_norm) > 1
             optimizer.step(1e-2)
-            values[at] = q_values.detach().amax(1)
+            values[step, game] = q_values.detach().amax(1)
+
     for seen in left[1]:
         torch.testing.assert_close(seen["learned"], network.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_every_process_plays_its_share_of_the_games_and_has_the_same_weights(left, monkeypatch, tmp_path):
-    starts, play, (ours, theirs) = [], pqn_breakout.play, left[1]
-    monkeypatch.setattr(
-        pqn_breakout, "play", lambda *args: (starts.append(torch.tensor(args[2].frames[-1])), play(*args))[1]
-    )
+def test_every_process_plays_its_share_of_the_games(left, monkeypatch, tmp_path):
+    def watched(network, envs, rollout, *rest):
+        starts.append(torch.tensor(rollout.frames[-1]))
+        return play(network, envs, rollout, *rest)
+
+    starts = []
+    play = pqn_breakout.play
+    monkeypatch.setattr(pqn_breakout, "play", watched)
     train(Args(**MOVING, log_dir=str(tmp_path)))
+
+    ours, theirs = left[1]
     assert torch.equal(torch.cat([ours["start"], theirs["start"]]), starts[0])
-    assert not torch.equal(ours["start"], theirs["start"]) and not torch.equal(ours["actions"], theirs["actions"])
-    for name in ("trained", "resumed"):
-        assert all(map(torch.equal, ours[name], theirs[name])), name
+    assert not torch.equal(ours["start"], theirs["start"])
+    assert not torch.equal(ours["actions"], theirs["actions"])
+
+
+@pytest.mark.parametrize("when", ["trained", "resumed"])
+def test_every_process_has_the_same_weights(left, when):
+    ours, theirs = left[1]
+    assert all(map(torch.equal, ours[when], theirs[when]))
+
+
+def test_the_games_of_all_processes_are_on_one_curve(left):
+    lengths = curve(run_in(left[0] / "logs"), "charts/episodic_length")
+    assert lengths == [(4 * CUT_STEPS, CUT_STEPS)] * 4
 
 
 def test_a_number_of_games_that_does_not_divide_is_told(left):
-    assert "error: --num-envs 3" in left[2] and not (left[0] / "three").exists()
+    folder, _, errors = left
+    assert "error: --num-envs 3" in errors
+    assert not (folder / "three").exists()
 
 
-def interrupt(run_dir: Path, num_processes: int, end) -> str:
-    """Resumes the run with so many processes, calls `end(torchrun, workers)` once they train; returns what they say."""
-    before = checkpoint_of(run_dir)["global_step"]
-    command = [*TORCHRUN, str(num_processes), __file__, "--resume", run_dir, *flags(**OFTEN, total_timesteps=10**6)]
-    process = subprocess.Popen(command, env=ENVIRON, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while checkpoint_of(run_dir)["global_step"] == before:
-        time.sleep(0.1)
-        assert process.poll() is None, process.communicate()[0]
-    workers = psutil.Process(process.pid).children()
-    end(process, workers)
-    output, _ = process.communicate(timeout=60)
-    assert len(workers) == num_processes and not any(worker.is_running() for worker in workers)
-    return output
+@pytest.fixture
+def run_dir(left) -> Path:
+    """A run of two processes; each test goes on with it."""
+    return run_in(left[0] / "logs")
 
 
-def test_a_run_goes_on_with_any_number_of_processes_on_one_curve_until_it_is_stopped_or_one_dies(left):
-    run_dir = run_in(left[0] / "logs")
-    assert curve(run_dir, "charts/episodic_length") == [(240, 60)] * 4  # those of both processes
-    train(Args(**SETTINGS | {"total_timesteps": 24 * 16}, resume=str(run_dir)))
-    output = interrupt(run_dir, 4, lambda torchrun, _: torchrun.send_signal(signal.SIGTERM))
+class Processes:
+    """torchrun and its workers, who go on with a run and have made a first rollout."""
+
+    def __init__(self, run_dir: Path, num_processes: int, **settings):
+        arguments = ["--resume", run_dir, *flags(total_timesteps=10**6, **settings)]
+        command = [*TORCHRUN, str(num_processes), __file__, *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.torchrun = subprocess.Popen(command, env=ENVIRON, **streams)
+        for line in self.torchrun.stdout:
+            if "steps/s" in line:
+                break
+        self.workers = psutil.Process(self.torchrun.pid).children()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in (self.torchrun, *self.workers):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def wait(self) -> str:
+        """Waits for the end; returns what was said since the first rollout."""
+        output, _ = self.torchrun.communicate(timeout=60)
+        assert not any(worker.is_running() for worker in self.workers)
+        return output
+
+
+def test_a_run_goes_on_with_any_number_of_processes_until_it_is_stopped(run_dir):
+    before = checkpoint_of(run_dir).global_step + 2 * ROLLOUT
+    train(Args(**SETTINGS | {"total_timesteps": before, "resume": str(run_dir)}))
+    with Processes(run_dir, 4) as processes:
+        processes.torchrun.send_signal(signal.SIGTERM)
+        output = processes.wait()
+
+    assert len(processes.workers) == 4
     assert f"--resume {run_dir}" in output and "error:" not in output
-    stopped = checkpoint_of(run_dir)["global_step"]
-    assert steps_of(run_dir) == list(range(16, stopped + 1, 16))
-    assert "lost another" in interrupt(run_dir, 2, lambda _, workers: workers[1].kill())
-    assert checkpoint_of(run_dir)["global_step"] > stopped
+    stopped = checkpoint_of(run_dir).global_step
+    assert stopped > before
+    assert steps_of(run_dir) == list(range(ROLLOUT, stopped + 1, ROLLOUT))
+
+
+def test_a_run_that_loses_a_process_saves_the_last_whole_rollout_and_goes_on(run_dir):
+    before = checkpoint_of(run_dir).global_step
+    with Processes(run_dir, 2) as processes:
+        processes.workers[1].kill()
+        output = processes.wait()
+
+    assert output.count("py: error: ") <= 1  # it may see the signal of torchrun first
+    stopped = checkpoint_of(run_dir).global_step
+    assert stopped > before
+
+    time.sleep(1)  # event files are read by the second in their names
+    end = stopped + ROLLOUT
+    train(Args(**SETTINGS | {"total_timesteps": end, "resume": str(run_dir)}))
+    assert steps_of(run_dir) == list(range(ROLLOUT, end + 1, ROLLOUT))
+
+
+@LINUX
+def test_a_run_that_waits_for_a_process_that_hangs_ends_soon_after_a_signal(run_dir):
+    before = checkpoint_of(run_dir).global_step
+    with Processes(run_dir, 2) as processes:
+        writer, other = processes.workers
+        other.suspend()
+        time.sleep(0.5)
+        processes.torchrun.send_signal(signal.SIGTERM)
+        writer.wait(10)
+
+    assert checkpoint_of(run_dir).global_step >= before
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--resume":
         pqn_breakout.run_command(pqn_breakout.main)
-    worker(Path(sys.argv[1]))
+    else:
+        worker(Path(sys.argv[1]))
