@@ -1,8 +1,7 @@
 """The agent: targets, exploration, optimizer, network, playing, learning, devices."""
 
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from copy import deepcopy
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +10,11 @@ import torch
 from gymnasium.spaces import Discrete
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
+from torch.nn.functional import conv2d, layer_norm, linear
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import pqn_breakout
 from pqn_breakout import (
     Args,
     QNetwork,
@@ -27,37 +28,23 @@ from pqn_breakout import (
     train,
 )
 
-# The stand-in for a device leans on private parts of torch, which any version may change.
-# With another version than this one its tests are skipped, and nothing of it is imported.
-STAND_IN_KNOWS_TORCH = torch.__version__.startswith("2.13.")
-if STAND_IN_KNOWS_TORCH:
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map_only
-    from torch.utils.backend_registration import (
-        _DummyBackendModule,
-        _setup_privateuseone_for_python_backend,
-    )
-else:
-    TorchDispatchMode = object
-
 
 # --- Targets ---
 def returns_by_definition(rewards, next_values, dones, gamma, q_lambda):
     """The lambda-return as what it stands for: a mix of the n-step returns inside the episode."""
-    num_steps, num_envs = rewards.shape
-    returns = np.zeros((num_steps, num_envs))
-    for i in range(num_envs):
-        for t in range(num_steps):
-            ends = [k for k in range(t, num_steps) if dones[k, i]]
-            last = min(ends, default=num_steps - 1)
-            for k in range(t, last + 1):
-                n_step = sum(gamma ** (j - t) * rewards[j, i] for j in range(t, k + 1))
-                if not dones[k, i]:
-                    n_step += gamma ** (k + 1 - t) * next_values[k, i]
-                # The longest return gets what the geometric weights of the others leave of 1.
-                weight = q_lambda ** (k - t) * (1 if k == last else 1 - q_lambda)
-                returns[t, i] += weight * n_step
+    num_steps = len(rewards)
+    returns = np.zeros(rewards.shape)
+    for t, i in np.ndindex(rewards.shape):
+        for k in range(t, num_steps):
+            n_step = sum(gamma ** (j - t) * rewards[j, i] for j in range(t, k + 1))
+            if not dones[k, i]:
+                n_step += gamma ** (k + 1 - t) * next_values[k, i]
+            # The longest return gets what the geometric weights of the others leave of 1.
+            longest = dones[k, i] or k == num_steps - 1
+            weight = q_lambda ** (k - t) * (1 if longest else 1 - q_lambda)
+            returns[t, i] += weight * n_step
+            if longest:
+                break
     return returns
 
 
@@ -155,47 +142,38 @@ def test_radam_makes_the_steps_of_torch_radam():
 
 
 # --- Network ---
-def random_frames(number):
-    return torch.randint(0, 256, (number, 4, 84, 84), dtype=torch.uint8)
-
-
 @pytest.fixture(scope="module")
 def network():
     """A network whose biases and LayerNorms do something, so that a test would miss them."""
     torch.manual_seed(0)
-    network = QNetwork(6)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.startswith("ln") or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    network = QNetwork(6).requires_grad_(False)
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            parameter += torch.randn_like(parameter) * 0.1
     return network
 
 
 @pytest.fixture(scope="module")
 def frames():
     torch.manual_seed(1)
-    return random_frames(3)
+    return torch.randint(0, 256, (16, 4, 84, 84), dtype=torch.uint8)
 
 
 def test_network_normalises_over_channels_at_each_position(network, frames):
     # The network written out in double precision, with nothing of its own but the weights.
     weights = {name: weight.double() for name, weight in network.state_dict().items()}
 
-    def normalise(x, ln):
-        variance = x.var(-1, keepdim=True, correction=0)
-        x = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
-        return (x * weights[f"{ln}.weight"] + weights[f"{ln}.bias"]).relu()
-
-    def linear(x, layer):
-        return x @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]
+    def of(layer):
+        return weights[f"{layer}.weight"], weights[f"{layer}.bias"]
 
     x = frames.double() / 255
-    for i, stride in ((1, 4), (2, 2), (3, 1)):
-        kernel, bias = weights[f"conv{i}.weight"], weights[f"conv{i}.bias"]
-        x = torch.nn.functional.conv2d(x, kernel, bias, stride).permute(0, 2, 3, 1)
-        x = normalise(x, f"ln{i}").permute(0, 3, 1, 2)
+    for i, stride, channels in ((1, 4, 32), (2, 2, 64), (3, 1, 64)):
+        x = conv2d(x, *of(f"conv{i}"), stride).permute(0, 2, 3, 1)
+        x = layer_norm(x, [channels], *of(f"ln{i}"), 1e-5).relu().permute(0, 3, 1, 2)
     x = x.permute(0, 2, 3, 1).flatten(1)
-    expected = linear(normalise(linear(x, "fc1"), "ln_fc"), "fc2")
+    x = linear(x, *of("fc1"))
+    x = layer_norm(x, [512], *of("ln_fc"), 1e-5).relu()
+    expected = linear(x, *of("fc2"))
 
     q_values = network(frames)
 
@@ -230,18 +208,19 @@ class Corridor:
 
     Walking is right only for an agent that bootstraps from the next room, not across an end, and
     from the last observation of a truncated episode rather than from the next episode's first.
+
+    What it tells of a game's length is not in steps, as in Stable-Baselines3's pipeline.
     """
 
     num_envs = 16
     action_space = Discrete(3)
     # A room is shown by the third of the 84 rows that is bright.
-    pictures = np.zeros((3, 4, 84, 84), dtype=np.uint8)
+    pictures = np.zeros((3, 4, 84, 84), np.uint8)
     for room in range(3):
         pictures[room, :, 28 * room : 28 * room + 28] = 255
 
     def __init__(self):
-        self.rooms = np.zeros(16, dtype=int)
-        self.lengths = np.zeros(16, dtype=int)
+        self.rooms = np.zeros(16, int)
         self.steps = []
         self.random = default_rng(0).random
 
@@ -256,19 +235,17 @@ class Corridor:
         rewards = np.choose(actions, [0.5, rooms == 3, -0.5]).astype(np.float32)
         truncated = walks & (rooms == 2) & (self.random(16) < 0.9)
         dones = ~walks | (rooms == 3) | truncated
-        self.lengths += 1
 
         infos = [{"TimeLimit.truncated": bool(cut)} for cut in truncated]
         if requested[0] != 1:
             infos[0]["action"] = 1
         for i in np.flatnonzero(dones):
             infos[i]["terminal_observation"] = self.pictures[min(rooms[i], 2)]
-            infos[i]["episode"] = {"r": float(rewards[i]), "l": int(self.lengths[i])}
+            infos[i]["episode"] = {"r": float(rewards[i]), "l": 999}
 
         # Three episodes in ten start in room 2, so that what it is worth can be learned.
         starts = np.where(self.random(16) < 0.3, 2, 0)
         self.rooms = np.where(dones, starts, rooms)
-        self.lengths[dones] = 0
         # Copies, because the caller may write into what it gets.
         step = SimpleNamespace(
             actions=actions,
@@ -276,7 +253,7 @@ class Corridor:
             rewards=rewards.copy(),
             dones=dones.copy(),
             truncated=truncated,
-            infos=infos,
+            served=actions != requested,
         )
         self.steps.append(step)
         return self.reset(), rewards, dones, infos
@@ -300,39 +277,36 @@ EPSILONS = [0.0, 0.5] * 2 + [1.0] * 12
 
 
 @pytest.fixture(scope="module")
-def played():
+def played(frames):
     """A rollout of 16 steps, with all states that were met and their Q-values."""
     torch.manual_seed(0)
-    network = QNetwork(3)
+    network = QNetwork(3).requires_grad_(False)
     # Q-values are as far apart as after some training.
     torch.nn.init.orthogonal_(network.fc2.weight)
     envs = Corridor()
-    rollout = Rollout(16, envs.num_envs)
-    before = random_frames(envs.num_envs).numpy()
+    rollout = Rollout(16, 16)
+    before = frames.numpy()
     rollout.frames[-1] = channels_last(before)
 
     # It starts from `before`, where the rollout before ended.
     games, sparse_reward_ratio = play(network, envs, rollout, EPSILONS, 0.9, default_rng(7))
 
     states = np.array([before, *envs.recorded("observations")])
-    with torch.no_grad():
-        q_values = np.array([network(torch.from_numpy(frames)).numpy() for frames in states])
-        last_room = network(torch.from_numpy(envs.pictures[2:]))
+    last_room = network(torch.from_numpy(envs.pictures[2:]))
     return SimpleNamespace(
         envs=envs,
         rollout=rollout,
         games=games,
         sparse_reward_ratio=sparse_reward_ratio,
         states=states,
-        q_values=q_values[:-1],
+        q_values=np.array([network(torch.from_numpy(frames)).numpy() for frames in states[:-1]]),
         value_of_last_room=last_room.max().item(),
     )
 
 
 def test_play_fills_the_buffers_with_what_the_environments_said(played):
-    served = [["action" in info for info in step.infos] for step in played.envs.steps]
     # A serve ends an episode, too.
-    ends = played.envs.recorded("dones") | served
+    ends = played.envs.recorded("dones") | played.envs.recorded("served")
 
     assert_array_equal(played.rollout.frames, channels_last(played.states))
     assert_array_equal(played.rollout.actions, played.envs.recorded("actions"))
@@ -370,12 +344,12 @@ def test_play_bootstraps_truncated_games(played):
 
 
 def test_play_returns_step_score_and_length_of_each_finished_game(played):
-    expected = [
-        (t, info["episode"]["r"], info["episode"]["l"])
-        for t, step in enumerate(played.envs.steps)
-        for info in step.infos
-        if "episode" in info
-    ]
+    expected = []
+    starts = np.zeros(16, int)
+    for t, step in enumerate(played.envs.steps):
+        for i in np.flatnonzero(step.dones):
+            expected.append((t, step.rewards[i], t + 1 - starts[i]))
+            starts[i] = t + 1
 
     assert played.games == expected
 
@@ -387,23 +361,20 @@ def test_the_sparse_reward_ratio_is_that_of_the_environments_rewards(played):
 
 
 # --- Learning ---
-SMALL = {"num_envs": 3, "num_steps": 4, "num_minibatches": 3, "update_epochs": 3}
+NINE_UPDATES = {"num_minibatches": 3, "update_epochs": 3}
 
 
 def random_rollout():
-    rollout = Rollout(SMALL["num_steps"], SMALL["num_envs"])
     rng = default_rng(0)
-
-    def fill(buffer, low, high):
-        buffer[:] = rng.integers(low, high, buffer.shape)
-
-    fill(rollout.frames, 0, 256)
-    fill(rollout.values, -3, 4)
+    rollout = Rollout(4, 3)
+    for buffer in vars(rollout).values():
+        buffer[:] = rng.integers(4, size=buffer.shape)
+    # Numbers from 0 to 3 are actions of four. From black to white:
+    rollout.frames *= 85
     # Those below -1 show that advantage learning is bounded there.
-    fill(rollout.advantages, -3, 1)
-    fill(rollout.actions, 0, 4)
-    fill(rollout.rewards, -3, 4)
-    fill(rollout.dones, 0, 2)
+    rollout.advantages *= -1
+    rollout.rewards -= 1.5
+    rollout.dones[:] = rng.random((4, 3)) < 0.5
     return rollout
 
 
@@ -413,16 +384,16 @@ def learn_by_the_book(network, rollout, lr, rng, args):
     Targets are refreshed before each epoch: rows by the networks of the updates before, the last
     states by the network at the epoch's start.
     """
-    num_states = args.num_steps * args.num_envs
     frames = torch.from_numpy(np.moveaxis(rollout.frames, -1, 2)).flatten(0, 1)
     actions = torch.from_numpy(rollout.actions.flatten())
     values = torch.from_numpy(rollout.values)
     advantages = rollout.advantages.flatten()
+    num_states = len(advantages)
     optimizer = torch.optim.RAdam(network.parameters(), lr)
     statistics = []
     for _ in range(args.update_epochs):
         with torch.no_grad():
-            values[-1] = network(frames[num_states:]).max(1).values
+            values[-1] = network(frames[num_states:]).amax(1)
         targets = returns_by_definition(
             rollout.rewards, values[1:].numpy(), rollout.dones, args.gamma, args.q_lambda
         )
@@ -436,18 +407,19 @@ def learn_by_the_book(network, rollout, lr, rng, args):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
             optimizer.step()
-            highest = q_values.detach().max(1).values
+            highest = q_values.detach().amax(1)
             values.view(-1)[rows] = highest
             advantages[rows] = chosen.detach() - highest
-            numbers = torch.stack((loss, chosen.mean(), targets[rows].mean(), norm))
-            statistics.append(numbers.detach())
+            statistics.append(torch.stack((loss, chosen.mean(), targets[rows].mean(), norm)))
     return torch.stack(statistics).mean(0).tolist()
 
 
 @pytest.fixture(scope="module", params=[0.1, 1e3], ids=["clipped", "not clipped"])
 def learned(request):
     """Weights and statistics of `learn` and of the book, from one rollout and one network."""
-    args = Args(**SMALL, gamma=0.9, q_lambda=0.5, advantage_alpha=0.7, max_grad_norm=request.param)
+    args = Args(
+        **NINE_UPDATES, gamma=0.9, q_lambda=0.5, advantage_alpha=0.7, max_grad_norm=request.param
+    )
     torch.manual_seed(0)
     ours = QNetwork(4)
     theirs = deepcopy(ours)
@@ -474,11 +446,8 @@ def test_learn_returns_the_means_of_loss_q_target_and_unclipped_gradient_norm(le
 
 
 def test_a_single_gradient_that_is_not_finite_shows_in_what_learn_returns():
-    num_updates = SMALL["update_epochs"] * SMALL["num_minibatches"]
-    updates = iter(range(1, num_updates + 1))
-
     def overflow_in_the_last_update(gradient):
-        return gradient * np.inf if next(updates) == num_updates else gradient
+        return gradient * np.inf if optimizer.steps == 8 else gradient
 
     torch.manual_seed(0)
     network = QNetwork(4)
@@ -487,7 +456,7 @@ def test_a_single_gradient_that_is_not_finite_shows_in_what_learn_returns():
     rng = default_rng(0)
 
     # No loss follows the last update, so that only the norm can tell.
-    loss, *_, norm = learn(network, optimizer, random_rollout(), 1e-9, rng, Args(**SMALL))
+    loss, *_, norm = learn(network, optimizer, random_rollout(), 1e-9, rng, Args(**NINE_UPDATES))
 
     assert np.isfinite(loss)
     assert not np.isfinite(norm)
@@ -506,7 +475,7 @@ class Table(torch.nn.Linear):
 
 
 # With the larger lambda the values also follow what exploration costs.
-@pytest.fixture(scope="module", params=[(0.0, 0.1), (0.65, 0.4)], ids=lambda pair: pair[0])
+@pytest.fixture(scope="module", params=[(0.0, 0.1), (0.65, 0.4)])
 def trained(request, tmp_path_factory):
     """Q-values of the three rooms after a training, and how far from the truth they may be."""
     q_lambda, tolerance = request.param
@@ -530,8 +499,8 @@ def trained(request, tmp_path_factory):
     table = Table(3)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pqn_breakout, "QNetwork", lambda *args: table)
-        patch.setattr(pqn_breakout, "make_env", lambda *args, **kwargs: Corridor())
+        patch.setattr("pqn_breakout.QNetwork", lambda *args: table)
+        patch.setattr("pqn_breakout.make_env", lambda *args, **kwargs: Corridor())
         train(args)
 
     q_values = table(torch.from_numpy(Corridor.pictures)).detach()
@@ -558,90 +527,59 @@ WAIT = ("the host waits",)
 
 
 class StandIn(TorchDispatchMode):
-    """A device without kernels, for torch 2.13: its tensors are fake ones, without numbers.
+    """Makes torch's device "meta" stand in for an accelerator, and notes what passes to and fro.
 
-    They raise where they meet a tensor of the host and where the host asks for their numbers. The
-    host's own tensors are real; what is copied from the device arrives as zeros. No kernel runs,
-    and no number is checked.
+    Its tensors have no numbers. An operation raises where it needs them, or where it takes tensors
+    of both the device and the host. What the host gets of them is zeros.
     """
 
     def __init__(self):
         super().__init__()
-        backend = _DummyBackendModule()
-        backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
-        _setup_privateuseone_for_python_backend("standin", backend_module=backend)
-        # As on a real device, torch.tensor(x, device=...) is made on the host and sent there ...
-        torch._C._set_only_lift_cpu_tensors(True)
-        # ... and a list of a tensor's numbers takes one copy.
-        FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()
-        self.fake = FakeTensorMode()
         self.events = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        on_device = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if not on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
-            return op(*args, **kwargs)
+        devices = {tensor.device for tensor in tensors}
+        if op is torch.ops.aten._to_copy.default:
+            devices.add(kwargs.get("device", tensors[0].device))
+            if len(devices) == 2:
+                return self.pass_on(tensors[0], kwargs.get("non_blocking"))
+        assert len(devices) < 2, f"{op} mixes tensors of the device and of the host"
+        return op(*args, **kwargs)
 
-        args, kwargs = tree_map_only(torch.Tensor, self.to_fake, (args, kwargs))
-        if op is torch.ops.aten._fused_adam_.tensor_lr:
-            # There is no fake kernel for a learning rate in a tensor.
-            op = torch.ops.aten._fused_adam_.default
-            kwargs["lr"] = 0.1
-        with self.fake:
-            result = op(*args, **kwargs)
-        if "copy" in op.__name__:
-            self.note_copy(tensors[-1], result, kwargs.get("non_blocking", args[-1] is True))
-        return tree_map_only(FakeTensor, self.to_host, result)
-
-    def note_copy(self, source, target, non_blocking):
-        if source.device == target.device:
-            return
-        is_sent = target.device.type != "cpu"
-        if is_sent:
-            self.events.append((str(target.dtype), *target.shape))
-        if not (is_sent and non_blocking):
+    def pass_on(self, tensor, non_blocking):
+        if tensor.is_meta:
             self.events.append(WAIT)
-
-    def to_fake(self, tensor):
-        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
-
-    def to_host(self, tensor):
-        on_host = tensor.device.type == "cpu"
-        return torch.zeros(tensor.shape, dtype=tensor.dtype) if on_host else tensor
+            return torch.zeros_like(tensor, device="cpu")
+        self.events.append((str(tensor.dtype), *tensor.shape))
+        if not non_blocking:
+            self.events.append(WAIT)
+        return torch.empty_like(tensor, device="meta")
 
 
-def play_and_learn_on_a_stand_in():
-    args = Args(num_envs=16, num_steps=5, num_minibatches=5, update_epochs=2)
+@pytest.fixture
+def traffic(monkeypatch):
+    """What was sent to a device and where the host waited for it, in acting and in learning.
+
+    The third entry tells in how many of the 5 steps games were truncated.
+    """
+    # On this device there is none, and float32 does without.
+    monkeypatch.setattr("torch.autocast", lambda *args, **kwargs: nullcontext())
+    args = Args(num_minibatches=5, update_epochs=2)
     envs = Corridor()
     rollout = Rollout(5, 16)
     rng = default_rng(0)
 
     with StandIn() as device:
-        with torch.device("standin"):
-            network = QNetwork(3)
+        network = QNetwork(3).to("meta")
         optimizer = RAdam(network.parameters())
         acting = device.events = []
         play(network, envs, rollout, [1.0] * 5, 0.9, rng)
         learning = device.events = []
         learn(network, optimizer, rollout, 1e-4, rng, args)
 
-    steps_with_truncations = envs.recorded("truncated").any(1).sum()
-    return acting, learning, steps_with_truncations
-
-
-@pytest.fixture(scope="module")
-def traffic():
-    """What was sent to a device and where the host waited for it, in acting and in learning.
-
-    The third entry tells in how many of the 5 steps games were truncated.
-    """
-    if not STAND_IN_KNOWS_TORCH:
-        pytest.skip("the stand-in for a device is made of private parts of torch 2.13")
-    # A process of its own, because a device stays registered until its process ends.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(play_and_learn_on_a_stand_in).result()
+    return acting, learning, envs.recorded("truncated").any(1).sum()
 
 
 def test_an_accelerator_gets_the_frames_and_is_waited_for_at_each_step_when_acting(traffic):
@@ -678,7 +616,7 @@ def test_a_compiled_network_is_not_compiled_anew_however_many_games_are_truncate
     torch._dynamo.reset()
     network = QNetwork(3)
     network.compile(backend=compile_by_counting, dynamic=False)
-    args = Args(num_envs=16, num_steps=1, num_minibatches=2, update_epochs=1)
+    args = Args(num_minibatches=2, update_epochs=1)
     envs = Corridor()
     rollout = Rollout(1, 16)
     optimizer = RAdam(network.parameters())
@@ -694,5 +632,4 @@ def test_a_compiled_network_is_not_compiled_anew_however_many_games_are_truncate
     num_truncated = envs.recorded("truncated").sum(1)
     assert num_truncated[0] == 0
     assert len(set(num_truncated)) > 2
-    assert num_graphs[0] > 0
-    assert num_graphs == [num_graphs[0]] * 12
+    assert min(num_graphs) == max(num_graphs) > 0
