@@ -21,8 +21,9 @@ human tester has 32. TD(0), the defaults, came to 351 before serves ended episod
 import os
 
 if __name__ == "__main__":  # The libraries read these once, when they are loaded.
-    # A thread that waits sleeps. Spinning, it would hold a core that another program needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits for another one soon sleeps. Otherwise it would spin for milliseconds, on
+    # a core that another program may need.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import atexit
@@ -35,6 +36,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 import zipfile
 from collections import deque
 from copy import deepcopy
@@ -106,7 +108,7 @@ class Args:
     max_grad_norm: Positive = 10.0  # gradients are clipped to this norm
     device: Text = "auto"  # cpu, cuda, cuda:1, mps...; auto is CUDA, or else the CPU
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the device has it
-    num_threads: Natural = 0  # CPU threads of a process; 0 is its share of the cores
+    num_threads: Natural = 0  # CPU threads of a process; 0: one or all its cores, what is faster
     compile: StrictBool = False  # torch.compile, on CUDA with CUDA graphs; slower on a CPU
     vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: Text = "logs"  # where the run's folder is made
@@ -506,12 +508,10 @@ def train(args: Args, at_start=None):
     In a process group every process calls this and plays its share of the games; rank 0 alone
     writes and reports. However training ends, also by an exception in the middle of a rollout, the
     run is saved as it was after the last whole one. A program may pass `at_start`, which is called
-    with the run, its folder, and a stack for what must be undone at the end.
-    Raises UserError, OSError, and RuntimeError where PyTorch does.
+    with the run, its folder, and a stack for what must be undone at the end. Raises UserError.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_sizes(args, world_size)
-    args = replace(args, num_threads=choose_threads(args.num_threads))
     device = choose_device(args.device)
     num_envs = args.num_envs // world_size
     batch_size = args.num_envs * args.num_steps
@@ -524,7 +524,9 @@ def train(args: Args, at_start=None):
     parent = os.getppid()
     with contextlib.ExitStack() as cleanup:
         # 1. Make the agent, or load it, and start the games.
-        repeatable(args.num_threads, cleanup)
+        repeatable(1, cleanup)
+        args = replace(args, num_threads=choose_threads(args.num_threads))
+        torch.set_num_threads(args.num_threads)
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, args.num_threads)
         cleanup.callback(envs.close)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
@@ -889,12 +891,22 @@ def choose_device(name):
 
 
 def choose_threads(requested):
-    """CPU threads for this process: its share of the cores, or fewer if requested."""
+    """CPU threads for this process: as many as requested, or as are faster now, up to its cores."""
     # torchrun tells how many processes share this machine.
     cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if requested > cores:
         say(f"--num-threads {requested}: lowered to the {cores} that this process has cores for")
-    return min(requested or cores, cores)
+    if requested:
+        return min(requested, cores)
+    # Threads wait for each other after every small operation. Beside another busy program that
+    # takes far longer than the operation itself, and one thread alone is faster.
+    numbers = torch.zeros(200_000)
+
+    def seconds(threads):
+        torch.set_num_threads(threads)
+        return timeit.timeit(numbers.exp, number=500)
+
+    return min((1, cores), key=seconds)
 
 
 def check_sizes(args: Args, world_size):
@@ -933,17 +945,6 @@ def exit_at_signals(run, folder, cleanup):
             cleanup.callback(signal.signal, number, signal.signal(number, handle))
 
 
-def end_after_signal(pipe):
-    """Ends a process of torchrun 7 s after a signal, if that did not.
-
-    A handler of Python's cannot run while PyTorch waits for another process, as in all_reduce, and
-    that process may never come.
-    """
-    os.read(pipe, 1)
-    time.sleep(7)  # for the handler, and for saving
-    os._exit(1)
-
-
 def one_line(error):
     """What the user needs of an error. PyTorch's have a page of C++ behind the first line."""
     line = (str(error) or type(error).__name__).splitlines()[0]
@@ -976,10 +977,8 @@ def main():
     if args.resume:
         args = tyro.cli(Args, default=load(Path(args.resume, "checkpoint.pth"), Checkpoint).args)
     if "RANK" in os.environ:  # set by torchrun
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer)
-        threading.Thread(target=end_after_signal, args=(reader,), daemon=True).start()
+        # A handler of Python's cannot run while PyTorch waits for the other processes.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     train(args, at_start=exit_at_signals)
