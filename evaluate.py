@@ -12,8 +12,8 @@ beside it, nor on whether it is shown.
 import os
 
 if __name__ == "__main__":  # The libraries read these once, when they are loaded.
-    # A thread that waits sleeps. Spinning, it would hold a core that another program needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits soon sleeps. Spinning, it would hold a core that another program needs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import contextlib
