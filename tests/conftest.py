@@ -45,7 +45,6 @@ def cli(monkeypatch, capsys):
             patch.setattr(sys, "argv", ["pqn_breakout.py", *flags(**settings), *map(str, argv)])
             pqn_breakout.run_command(pqn_breakout.main)
             sys.exit(0)
-        signal.set_wakeup_fd(-1)  # under torchrun a signal ends the process after some seconds
         out, err = capsys.readouterr()
         code = stop.value.code
         if isinstance(code, str):  # Python would print the line and exit with 1
@@ -58,13 +57,15 @@ def cli(monkeypatch, capsys):
 
 @pytest.fixture
 def on_step(monkeypatch):
-    """`on_step(hook)`: from now on `hook(number, rewards, infos)` is called after each step."""
+    """`on_step(hook)`: from now on `hook(rewards, infos)` is called after each step, or once, after
+    the step with the number `at`."""
     step_wait = pqn_breakout.AtariVecEnv.step_wait
 
-    def install(hook):
+    def install(hook, at=None):
         def hooked(envs):
             observations, rewards, dones, infos = step_wait(envs)
-            hook(next(numbers), rewards, infos)
+            if at in (None, next(numbers)):
+                hook(rewards, infos)
             return observations, rewards, dones, infos
 
         numbers = count(1)

@@ -1,6 +1,5 @@
 """Files: written whole or not at all, read as data, and taken for nothing else than they are."""
 
-import io
 import os
 import pickle
 import random
@@ -20,20 +19,20 @@ CONTENT = asdict(BestModel("BreakoutNoFrameskip-v4", NETWORK, global_step=1))
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path):
     """A file with CONTENT."""
     save(tmp_path / "model.pth", CONTENT)
     return tmp_path / "model.pth"
 
 
-def same(a, b) -> bool:
+def same(a, b):
     """Whether two contents of files are the same, bit for bit."""
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def is_refused(path) -> bool:
+def is_refused(path):
     try:
         load(path, BestModel)
     except UserError as error:
@@ -100,12 +99,6 @@ class Trap:
         return os.mkdir, ("sprung",)
 
 
-def saved(content, zipped: bool) -> bytes:
-    data = io.BytesIO()
-    torch.save(content, data, _use_new_zipfile_serialization=zipped)
-    return data.getvalue()
-
-
 TRAPS = [CONTENT | {"network": Trap()}, CONTENT | {"x": Trap()}]
 
 
@@ -113,7 +106,7 @@ TRAPS = [CONTENT | {"network": Trap()}, CONTENT | {"x": Trap()}]
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_something_else_are_refused_and_never_run(monkeypatch, path, content, zipped):
     monkeypatch.chdir(path.parent)
-    path.write_bytes(saved(content, zipped))
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
     assert is_refused(path)
     assert not Path("sprung").exists()

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from test_commands import python, wait_for_line
 from test_files import LINUX
 from test_runs import (
     CUT_BREAKOUT,
@@ -22,47 +23,55 @@ from test_runs import (
     checkpoint_of,
     curve,
     flags,
+    rollouts,
     run_in,
     steps_of,
+    train_in,
 )
 from torch import nn
 
 import pqn_breakout
-from pqn_breakout import Args, QNetwork, RAdam, Rollout, UserError, learn, q_lambda_returns, train
+from pqn_breakout import Args, QNetwork, RAdam, Rollout, UserError, learn, q_lambda_returns
 
 SETTINGS = TINY | {"env_id": CUT_BREAKOUT, "num_envs": 4, "num_minibatches": 2}
 SETTINGS |= {"total_timesteps": 20 * 16}
 ROLLOUT = SETTINGS["num_envs"] * SETTINGS["num_steps"]
 # The cars of this game never stop.
 MOVING = SETTINGS | {"env_id": "FreewayNoFrameskip-v4", "total_timesteps": ROLLOUT, "end_e": 1.0}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LEARNING = Args(num_minibatches=2, update_epochs=2, q_lambda=0.5, max_grad_norm=0.5)
+# What is learned from, with numbers below these.
+EXPERIENCE = {"frames": 256, "values": 3, "actions": 4, "rewards": 5, "dones": 2}
 
 
-def learning_task() -> tuple[QNetwork, RAdam, Rollout]:
+def learning_task():
     """A network, its optimizer, and random experience of 4 steps of 4 games."""
     torch.manual_seed(1)
     network = QNetwork(4)
     rollout = Rollout(4, 4)
     rng = np.random.default_rng(1)
-    for name, high in {"frames": 256, "values": 3, "actions": 4, "rewards": 5, "dones": 2}.items():
+    for name, high in EXPERIENCE.items():
         buffer = getattr(rollout, name)
         buffer[:] = rng.integers(high, size=buffer.shape)
     return network, RAdam(network.parameters()), rollout
 
 
-def learn_from_a_share(rank: int) -> dict:
+def learn_from_a_share(rank):
     """The weights after learning from the experience of two of the four games."""
     network, optimizer, rollout = learning_task()
     share = Rollout(4, 2)
-    for name in ("frames", "values", "actions", "rewards", "dones"):
+    for name in EXPERIENCE:
         getattr(share, name)[:] = getattr(rollout, name)[:, 2 * rank : 2 * rank + 2]
     learner = nn.parallel.DistributedDataParallel(network)
     learn(learner, optimizer, share, 1e-2, np.random.default_rng(rank), LEARNING)
     return network.state_dict()
 
 
-def worker(folder: Path) -> None:
+def go_on(run_dir, end):
+    train_in(run_dir, **SETTINGS | {"total_timesteps": end, "resume": str(run_dir)})
+
+
+def worker(folder):
     """What each of two processes does; it saves what the tests look at."""
 
     def watched(network, envs, rollout, *rest):
@@ -80,13 +89,12 @@ def worker(folder: Path) -> None:
     play = pqn_breakout.play
     pqn_breakout.play = watched
 
-    train(Args(**SETTINGS, log_dir=str(folder / "logs")))
+    train_in(folder / "logs", **SETTINGS)
     seen["trained"] = seen["weights"]
-    run_dir = run_in(folder / "logs")
-    train(Args(**SETTINGS | {"total_timesteps": 22 * ROLLOUT, "resume": str(run_dir)}))
+    go_on(run_in(folder / "logs"), 22 * ROLLOUT)
     seen["resumed"] = seen["weights"]
     with pytest.raises(UserError, match="not finite"):
-        train(Args(**MOVING, log_dir=str(folder / "exploded")))
+        train_in(folder / "exploded", **MOVING)
     torch.save(seen, folder / f"{rank}.pt")
 
     dist.init_process_group = lambda: None  # it is one already
@@ -95,10 +103,10 @@ def worker(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory) -> tuple[Path, list[dict], str]:
+def left(tmp_path_factory):
     """What two processes leave: a folder, what each has seen, their errors."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [*TORCHRUN, "2", __file__, folder]
+    command = [sys.executable, *TORCHRUN, "2", __file__, folder]
     result = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=300)
     assert len(list(folder.glob("*.pt"))) == 2, result.stderr
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], result.stderr
@@ -142,7 +150,7 @@ def test_every_process_plays_its_share_of_the_games(left, monkeypatch, tmp_path)
     starts = []
     play = pqn_breakout.play
     monkeypatch.setattr(pqn_breakout, "play", watched)
-    train(Args(**MOVING, log_dir=str(tmp_path)))
+    train_in(tmp_path, **MOVING)
 
     ours, theirs = left[1]
     assert torch.equal(torch.cat([ours["start"], theirs["start"]]), starts[0])
@@ -168,58 +176,52 @@ def test_a_number_of_games_that_does_not_divide_is_told(left):
 
 
 @pytest.fixture
-def run_dir(left) -> Path:
+def run_dir(left):
     """A run of two processes; each test goes on with it."""
     return run_in(left[0] / "logs")
 
 
-class Processes:
+@contextlib.contextmanager
+def processes(run_dir, number):
     """torchrun and its workers, who go on with a run and have made a first rollout."""
+    arguments = ["--resume", run_dir, *flags(total_timesteps=10**6)]
+    with python(*TORCHRUN, number, __file__, *arguments) as torchrun:
+        wait_for_line(torchrun, "steps/s")
+        workers = psutil.Process(torchrun.pid).children()
+        try:
+            yield torchrun, workers
+        finally:
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
-    def __init__(self, run_dir: Path, num_processes: int, **settings):
-        arguments = ["--resume", run_dir, *flags(total_timesteps=10**6, **settings)]
-        command = [*TORCHRUN, str(num_processes), __file__, *arguments]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.torchrun = subprocess.Popen(command, env=ENVIRON, **streams)
-        for line in self.torchrun.stdout:
-            if "steps/s" in line:
-                break
-        self.workers = psutil.Process(self.torchrun.pid).children()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in (self.torchrun, *self.workers):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def wait(self) -> str:
-        """Waits for the end; returns what was said since the first rollout."""
-        output, _ = self.torchrun.communicate(timeout=60)
-        assert not any(worker.is_running() for worker in self.workers)
-        return output
+def end_of(torchrun, workers):
+    """Waits for the end; returns what was said since the first rollout."""
+    output, _ = torchrun.communicate(timeout=60)
+    assert not any(worker.is_running() for worker in workers)
+    return output
 
 
 def test_a_run_goes_on_with_any_number_of_processes_until_it_is_stopped(run_dir):
     before = checkpoint_of(run_dir).global_step + 2 * ROLLOUT
-    train(Args(**SETTINGS | {"total_timesteps": before, "resume": str(run_dir)}))
-    with Processes(run_dir, 4) as processes:
-        processes.torchrun.send_signal(signal.SIGTERM)
-        output = processes.wait()
+    go_on(run_dir, before)
+    with processes(run_dir, 4) as (torchrun, workers):
+        torchrun.send_signal(signal.SIGTERM)
+        output = end_of(torchrun, workers)
 
-    assert len(processes.workers) == 4
+    assert len(workers) == 4
     assert f"--resume {run_dir}" in output and "error:" not in output
     stopped = checkpoint_of(run_dir).global_step
     assert stopped > before
-    assert steps_of(run_dir) == list(range(ROLLOUT, stopped + 1, ROLLOUT))
+    assert steps_of(run_dir) == rollouts(stopped, ROLLOUT)
 
 
 def test_a_run_that_loses_a_process_saves_the_last_whole_rollout_and_goes_on(run_dir):
     before = checkpoint_of(run_dir).global_step
-    with Processes(run_dir, 2) as processes:
-        processes.workers[1].kill()
-        output = processes.wait()
+    with processes(run_dir, 2) as (torchrun, workers):
+        workers[1].kill()
+        output = end_of(torchrun, workers)
 
     assert output.count("py: error: ") <= 1  # it may see the signal of torchrun first
     stopped = checkpoint_of(run_dir).global_step
@@ -227,18 +229,17 @@ def test_a_run_that_loses_a_process_saves_the_last_whole_rollout_and_goes_on(run
 
     time.sleep(1)  # event files are read by the second in their names
     end = stopped + ROLLOUT
-    train(Args(**SETTINGS | {"total_timesteps": end, "resume": str(run_dir)}))
-    assert steps_of(run_dir) == list(range(ROLLOUT, end + 1, ROLLOUT))
+    go_on(run_dir, end)
+    assert steps_of(run_dir) == rollouts(end, ROLLOUT)
 
 
 @LINUX
 def test_a_run_that_waits_for_a_process_that_hangs_ends_soon_after_a_signal(run_dir):
     before = checkpoint_of(run_dir).global_step
-    with Processes(run_dir, 2) as processes:
-        writer, other = processes.workers
+    with processes(run_dir, 2) as (torchrun, (writer, other)):
         other.suspend()
         time.sleep(0.5)
-        processes.torchrun.send_signal(signal.SIGTERM)
+        torchrun.send_signal(signal.SIGTERM)
         writer.wait(10)
 
     assert checkpoint_of(run_dir).global_step >= before
