@@ -173,9 +173,11 @@ def python(*argv, env=ENVIRON):
     with subprocess.Popen(command, env=env, **streams) as process:
         alarm = threading.Timer(120, process.kill)  # so that no test waits for ever
         alarm.start()
-        yield process
-        alarm.cancel()
-        process.kill()
+        try:
+            yield process
+        finally:
+            alarm.cancel()
+            process.kill()
 
 
 def wait_for_line(process, text):
