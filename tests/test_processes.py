@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_commands import python, wait_for_line
-from test_files import LINUX
 from test_runs import (
     CUT_BREAKOUT,
     CUT_STEPS,
@@ -231,18 +230,6 @@ def test_a_run_that_loses_a_process_saves_the_last_whole_rollout_and_goes_on(run
     end = stopped + ROLLOUT
     go_on(run_dir, end)
     assert steps_of(run_dir) == rollouts(end, ROLLOUT)
-
-
-@LINUX
-def test_a_run_that_waits_for_a_process_that_hangs_ends_soon_after_a_signal(run_dir):
-    before = checkpoint_of(run_dir).global_step
-    with processes(run_dir, 2) as (torchrun, (writer, other)):
-        other.suspend()
-        time.sleep(0.5)
-        torchrun.send_signal(signal.SIGTERM)
-        writer.wait(10)
-
-    assert checkpoint_of(run_dir).global_step >= before
 
 
 if __name__ == "__main__":
