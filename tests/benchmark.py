@@ -17,9 +17,11 @@ are missing, and the games go on from their last checkpoint.
 import contextlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -237,12 +239,14 @@ def peer(name: str, steps: int) -> dict:
 def race_pqn(settings: dict, steps: int, minutes: float, folder: Path) -> None:
     import pqn_breakout
 
-    stop = []
-    timer = threading.Timer(60 * minutes, stop.append, [True])
+    # Training ends at a signal as the program does: it saves, and raises SystemExit.
+    timer = threading.Timer(60 * minutes, os.kill, [os.getpid(), signal.SIGTERM])
     timer.start()
     args = pqn_breakout.Args(env_id=ENV_ID, **settings, total_timesteps=steps, log_dir=str(folder))
-    run_dir = pqn_breakout.train(args, stop)
+    with contextlib.suppress(SystemExit):
+        pqn_breakout.train(args, pqn_breakout.exit_at_signals)
     timer.cancel()
+    (run_dir,) = [path for path in folder.iterdir() if path.is_dir()]
     for path in (run_dir / "args.json", *run_dir.glob("events.*")):
         path.rename(folder / path.name)
     shutil.rmtree(run_dir)
