@@ -524,7 +524,7 @@ def train(args: Args, at_start=None):
     parent = os.getppid()
     with contextlib.ExitStack() as cleanup:
         # 1. Make the agent, or load it, and start the games.
-        repeatable(1, cleanup)
+        repeatable(1, cleanup)  # remembers the caller's threads before some are tried
         args = replace(args, num_threads=choose_threads(args.num_threads))
         torch.set_num_threads(args.num_threads)
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, args.num_threads)
