@@ -101,14 +101,13 @@ class Args:
     update_epochs: Count = 3  # passes over a rollout, each with new targets
     gamma: Fraction = 0.99  # discount factor
     q_lambda: Fraction = 0.0  # lambda of the returns; 0 is TD(0)
-    advantage_alpha: Fraction = 0.0  # alpha of advantage learning; 0 is none
     start_e: Fraction = 1.0  # epsilon at the start
     end_e: Fraction = 0.01  # epsilon after the exploration phase
     exploration_fraction: Fraction = 0.05  # part of the training until epsilon is end_e
     max_grad_norm: Positive = 10.0  # gradients are clipped to this norm
     device: Text = "auto"  # cpu, cuda, cuda:1, mps...; auto is CUDA, or else the CPU
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the device has it
-    num_threads: Natural = 0  # CPU threads of a process; 0: one or all its cores, what is faster
+    num_threads: Natural = 0  # CPU threads of a process; 0: one or all cores, what is faster now
     compile: StrictBool = False  # torch.compile, on CUDA with CUDA graphs; slower on a CPU
     vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: Text = "logs"  # where the run's folder is made
@@ -245,7 +244,6 @@ class Rollout:
         self.rewards = np.zeros((num_steps, num_envs), np.float32)
         self.dones = np.zeros((num_steps, num_envs), bool)
         self.values = np.zeros((num_steps + 1, num_envs), np.float32)  # max_a Q(s, a)
-        self.advantages = np.zeros((num_steps, num_envs), np.float32)  # Q(s, a) - max_a Q(s, a)
         self.lengths = np.zeros(num_envs, int)  # steps so far of the games that are being played
 
 
@@ -296,7 +294,6 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
         rollout.rewards[t] = rewards
         rollout.dones[t] = dones
         rollout.values[t] = q_values.max(1)
-        rollout.advantages[t] = q_values[np.arange(len(actions)), actions] - rollout.values[t]
         # torch transposes faster than NumPy.
         torch.from_numpy(rollout.frames[t + 1]).copy_(
             torch.from_numpy(observations).permute(0, 2, 3, 1)
@@ -314,14 +311,11 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
 
 
 def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args):
-    """All updates from a rollout, whose `values` and `advantages` are then used up.
+    """All updates from a rollout, whose `values` are then used up.
 
     Each epoch computes its targets anew from the newest Q-values. Those of a state that was played
     come from playing, or from the update that saw it in the epoch before, so they cost nothing.
     Only the states after the last step need a pass of the network.
-
-    Advantage learning (Bellemare et al., AAAI 2016) adds alpha * (Q(s_t, a_t) - max_a Q(s_t, a)) to
-    the target of step t. The bound of -1 is Munchausen RL's (Vieillard et al., NeurIPS 2020).
 
     Returns the means of loss, Q-value, target, and gradient norm before clipping.
     """
@@ -330,14 +324,12 @@ def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Arg
     rewards = to_device(rollout.rewards, network)
     dones = to_device(rollout.dones, network)
     values = to_device(rollout.values, network)
-    advantages = to_device(rollout.advantages, network).flatten()
     states = frames[:-1].flatten(0, 1)
     statistics = torch.zeros(4, device=frames.device)
     for _ in range(args.update_epochs):
         with torch.no_grad():
             values[-1] = network(frames[-1].permute(0, 3, 1, 2)).amax(1)
         targets = q_lambda_returns(rewards, values[1:], dones, args.gamma, args.q_lambda).flatten()
-        targets += args.advantage_alpha * advantages.clamp(min=-1)
         for rows in to_device(rng.permutation(len(targets)), network).chunk(args.num_minibatches):
             q_values = network(states.index_select(0, rows).permute(0, 3, 1, 2))
             q_taken = q_values.gather(1, actions[rows].unsqueeze(1)).squeeze(1)
@@ -347,9 +339,7 @@ def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Arg
             norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
             optimizer.step(lr)
 
-            q_max = q_values.detach().amax(1)
-            values.view(-1)[rows] = q_max
-            advantages[rows] = q_taken.detach() - q_max
+            values.view(-1)[rows] = q_values.detach().amax(1)
             statistics += torch.stack((loss, q_taken.mean(), targets[rows].mean(), norm)).detach()
     return (statistics / (args.update_epochs * args.num_minibatches)).tolist()
 
@@ -505,10 +495,9 @@ def open_folder(args: Args, cleanup):
 def train(args: Args, at_start=None):
     """Trains as `args` say; returns the run's folder.
 
-    In a process group every process calls this and plays its share of the games; rank 0 alone
-    writes and reports. However training ends, also by an exception in the middle of a rollout, the
-    run is saved as it was after the last whole one. A program may pass `at_start`, which is called
-    with the run, its folder, and a stack for what must be undone at the end. Raises UserError.
+    In a process group each process plays its share of the games; rank 0 alone writes and reports.
+    However training ends, the run is saved as it was after the last whole rollout. `at_start` is
+    called with the run, its folder, and a stack for what must be undone. Raises UserError.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_sizes(args, world_size)
@@ -524,13 +513,14 @@ def train(args: Args, at_start=None):
     parent = os.getppid()
     with contextlib.ExitStack() as cleanup:
         # 1. Make the agent, or load it, and start the games.
-        repeatable(1, cleanup)  # remembers the caller's threads before some are tried
-        args = replace(args, num_threads=choose_threads(args.num_threads))
-        torch.set_num_threads(args.num_threads)
-        envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, args.num_threads)
+        repeatable(1, cleanup)
+        threads = set_threads(args.num_threads)
+        if args.num_threads > threads:
+            say(f"--num-threads {args.num_threads}: lowered to the {threads} cores that are there")
+        envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, threads)
         cleanup.callback(envs.close)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
-        run = Run(args, network, optimizer)
+        run = Run(replace(args, num_threads=threads), network, optimizer)
         folder = open_folder(args, cleanup) if rank == 0 else None
         if args.resume:
             run.resume(Path(args.resume))
@@ -545,18 +535,18 @@ def train(args: Args, at_start=None):
             learner = nn.parallel.DistributedDataParallel(network)
         if rank == 0:
             run.save(folder)
-            write_file(folder / "args.json", json.dumps(vars(args), indent=2).encode())
+            write_file(folder / "args.json", json.dumps(vars(run.args), indent=2).encode())
             if at_start:
                 at_start(run, folder, cleanup)
             cleanup.callback(run.end, folder)
             # TensorBoard hides what a killed run wrote after its checkpoint.
             writer = SummaryWriter(folder, purge_step=run.global_step + 1)
             cleanup.callback(writer.close)
-            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(run.args).items())
             writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}")
             say(
                 f"PQN on {args.num_envs} games of {args.env_id}, {world_size} x {device} in "
-                f"{'bfloat16' if network.bf16 else 'float32'}, {args.num_threads} threads: {folder}"
+                f"{'bfloat16' if network.bf16 else 'float32'}, --num-threads {threads}: {folder}"
             )
 
         # 2. Go on from a checkpoint.
@@ -584,14 +574,13 @@ def train(args: Args, at_start=None):
             run.global_step += batch_size
 
             # 5. Hear what all processes have to say.
-            reports = [{"games": games, "means": [*means, sparse_reward_ratio]}] * world_size
+            reports = [(games, [*means, sparse_reward_ratio])] * world_size
             if world_size > 1:
                 dist.all_gather_object(reports, reports[rank])
-            means = np.mean([report["means"] for report in reports], axis=0).tolist()
+            means = np.mean([means for _, means in reports], axis=0).tolist()
             loss, current_q, target_q, norm, sparse_reward_ratio = means
             if not math.isfinite(loss + norm):
-                hint = "--resume with --bf16 off, or with a lower --learning-rate"
-                raise UserError(f"step {run.global_step:,}: not finite; {hint}")
+                raise UserError(f"step {run.global_step:,}: not finite; --resume with --bf16 off")
             if os.getppid() != parent and world_size > 1:  # or it would train on for ever
                 raise UserError("torchrun has gone")
             if rank > 0:
@@ -610,8 +599,8 @@ def train(args: Args, at_start=None):
                 "losses/target_q": target_q,
             }
             try:
-                for report in reports:
-                    for t, score, length in report["games"]:
+                for games, _ in reports:
+                    for t, score, length in games:
                         run.scores.append(score)
                         writer.add_scalar("charts/episodic_return", score, steps[t])
                         writer.add_scalar("charts/episodic_length", length, steps[t])
@@ -625,9 +614,10 @@ def train(args: Args, at_start=None):
                     checkpointed = now
             except OSError as error:  # of the writer, which does not name its file
                 raise UserError(f"{folder}: curves cannot be written: {error.strerror}") from None
-            if now - reported > 30:
+            if now - reported > 15:
+                threads = set_threads(args.num_threads)  # other programs come and go
                 say(
-                    f"{run.progress()}, epsilon {epsilons[-1]:.3f}, {sps:.0f} steps/s, "
+                    f"{run.progress()}, {sps:.0f} steps/s, threads: {threads}, "
                     f"{(args.total_timesteps - run.global_step) / sps / 60:.0f} minutes left"
                 )
                 reported = now
@@ -890,23 +880,25 @@ def choose_device(name):
     return device
 
 
-def choose_threads(requested):
-    """CPU threads for this process: as many as requested, or as are faster now, up to its cores."""
+def set_threads(requested):
+    """Sets the CPU threads of PyTorch; returns their number.
+
+    It is `requested`, but at most one for each core that this process has. For 0 it is one, or one
+    for each core, what is faster now.
+    """
     # torchrun tells how many processes share this machine.
     cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if requested > cores:
-        say(f"--num-threads {requested}: lowered to the {cores} that this process has cores for")
-    if requested:
-        return min(requested, cores)
-    # Threads wait for each other after every small operation. Beside another busy program that
-    # takes far longer than the operation itself, and one thread alone is faster.
     numbers = torch.zeros(200_000)
 
     def seconds(threads):
         torch.set_num_threads(threads)
         return timeit.timeit(numbers.exp, number=500)
 
-    return min((1, cores), key=seconds)
+    # Threads wait for each other after every small operation. Beside another busy program that
+    # takes far longer than the operation itself, and one thread alone is faster.
+    threads = min(requested, cores) or min((1, cores), key=seconds)
+    torch.set_num_threads(threads)
+    return threads
 
 
 def check_sizes(args: Args, world_size):
@@ -943,6 +935,21 @@ def exit_at_signals(run, folder, cleanup):
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             cleanup.callback(signal.signal, number, signal.signal(number, handle))
+    if "RANK" in os.environ:
+        # While PyTorch waits for another process no handler of Python's can run, but a thread can,
+        # and through this pipe it hears of a signal.
+        pipe = os.pipe()
+        os.set_blocking(pipe[1], False)
+        signal.set_wakeup_fd(pipe[1])
+
+        def save_after_all():
+            os.read(pipe[0], 1)
+            time.sleep(5)
+            if not run.ending:
+                run.end(folder)
+                os._exit(1)
+
+        threading.Thread(target=save_after_all, daemon=True).start()
 
 
 def one_line(error):
@@ -966,6 +973,8 @@ def run_command(command):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode:  # python -X dev, for who changes this script
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     finally:
         threading.excepthook = hook

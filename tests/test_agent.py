@@ -324,13 +324,8 @@ def test_play_acts_epsilon_greedily(played):
     assert_array_equal(played.rollout.actions[:, 1:], np.array(expected)[:, 1:])
 
 
-def test_play_stores_values_and_the_advantages_of_what_was_played(played):
-    values = played.q_values.max(2)
-    actions = played.rollout.actions[..., None]
-    advantages = np.take_along_axis(played.q_values, actions, 2).squeeze(2) - values
-
-    assert_allclose(played.rollout.values[:-1], values, rtol=1e-4)
-    assert_allclose(played.rollout.advantages, advantages, rtol=1e-4, atol=1e-6)
+def test_play_stores_the_values_of_the_states(played):
+    assert_allclose(played.rollout.values[:-1], played.q_values.max(2), rtol=1e-4)
 
 
 def test_play_bootstraps_truncated_games(played):
@@ -371,8 +366,6 @@ def random_rollout():
         buffer[:] = rng.integers(4, size=buffer.shape)
     # Numbers from 0 to 3 are actions of four. From black to white:
     rollout.frames *= 85
-    # Those below -1 show that advantage learning is bounded there.
-    rollout.advantages *= -1
     rollout.rewards -= 1.5
     rollout.dones[:] = rng.random((4, 3)) < 0.5
     return rollout
@@ -387,8 +380,7 @@ def learn_by_the_book(network, rollout, lr, rng, args):
     frames = torch.from_numpy(np.moveaxis(rollout.frames, -1, 2)).flatten(0, 1)
     actions = torch.from_numpy(rollout.actions.flatten())
     values = torch.from_numpy(rollout.values)
-    advantages = rollout.advantages.flatten()
-    num_states = len(advantages)
+    num_states = len(actions)
     optimizer = torch.optim.RAdam(network.parameters(), lr)
     statistics = []
     for _ in range(args.update_epochs):
@@ -397,8 +389,7 @@ def learn_by_the_book(network, rollout, lr, rng, args):
         targets = returns_by_definition(
             rollout.rewards, values[1:].numpy(), rollout.dones, args.gamma, args.q_lambda
         )
-        targets = targets.flatten() + args.advantage_alpha * np.maximum(advantages, -1)
-        targets = torch.tensor(targets, dtype=torch.float32)
+        targets = torch.tensor(targets.flatten(), dtype=torch.float32)
         for rows in np.split(rng.permutation(num_states), args.num_minibatches):
             q_values = network(frames[rows])
             chosen = q_values[range(len(rows)), actions[rows]]
@@ -407,9 +398,7 @@ def learn_by_the_book(network, rollout, lr, rng, args):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
             optimizer.step()
-            highest = q_values.detach().amax(1)
-            values.view(-1)[rows] = highest
-            advantages[rows] = chosen.detach() - highest
+            values.view(-1)[rows] = q_values.detach().amax(1)
             statistics.append(torch.stack((loss, chosen.mean(), targets[rows].mean(), norm)))
     return torch.stack(statistics).mean(0).tolist()
 
@@ -417,9 +406,7 @@ def learn_by_the_book(network, rollout, lr, rng, args):
 @pytest.fixture(scope="module", params=[0.1, 1e3], ids=["clipped", "not clipped"])
 def learned(request):
     """Weights and statistics of `learn` and of the book, from one rollout and one network."""
-    args = Args(
-        **NINE_UPDATES, gamma=0.9, q_lambda=0.5, advantage_alpha=0.7, max_grad_norm=request.param
-    )
+    args = Args(**NINE_UPDATES, gamma=0.9, q_lambda=0.5, max_grad_norm=request.param)
     torch.manual_seed(0)
     ours = QNetwork(4)
     theirs = deepcopy(ours)
@@ -427,7 +414,7 @@ def learned(request):
     rollout = random_rollout()
 
     optimizer = RAdam(ours.parameters())
-    # `learn` may overwrite values and advantages: it gets a rollout of its own.
+    # `learn` may overwrite values: it gets a rollout of its own.
     means = learn(ours, optimizer, deepcopy(rollout), 0.01, default_rng(5), args)
     expected = learn_by_the_book(theirs, rollout, 0.01, default_rng(5), args)
 
@@ -596,7 +583,6 @@ def test_an_accelerator_gets_every_buffer_once_and_is_waited_for_once_a_rollout(
     buffers = [
         ("torch.uint8", 6, 16, 84, 84, 4),  # frames
         ("torch.float32", 6, 16),  # values
-        ("torch.float32", 5, 16),  # advantages
         ("torch.int64", 5, 16),  # actions
         ("torch.float32", 5, 16),  # rewards
         ("torch.bool", 5, 16),  # dones

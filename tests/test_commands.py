@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 # --- Arguments ---
 WRONG_VALUES = {  # of each of these options
     "num-envs num-steps update-epochs num-minibatches": "0 -2 1.5 two",
-    "gamma q-lambda advantage-alpha start-e end-e": "-0.1 1.1 nan",
+    "gamma q-lambda start-e end-e": "-0.1 1.1 nan",
     "learning-rate max-grad-norm checkpoint-minutes": "0 -1 nan inf",
     "num-envs num-steps total-timesteps seed num-threads": "12345678901234567890",
     "exploration-fraction": "-0.1 1.5",

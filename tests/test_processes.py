@@ -232,6 +232,21 @@ def test_a_run_that_loses_a_process_saves_the_last_whole_rollout_and_goes_on(run
     assert steps_of(run_dir) == rollouts(end, ROLLOUT)
 
 
+def test_a_run_that_waits_for_a_process_that_hangs_saves_its_last_whole_rollout(run_dir):
+    before = checkpoint_of(run_dir).global_step
+    with processes(run_dir, 2) as (torchrun, workers):
+        workers[1].suspend()
+        start = time.monotonic()
+        torchrun.send_signal(signal.SIGTERM)
+        workers[0].wait(timeout=20)
+        assert time.monotonic() - start < 10
+        workers[1].kill()
+        output = end_of(torchrun, workers)
+
+    assert f"--resume {run_dir}" in output
+    assert checkpoint_of(run_dir).global_step > before
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--resume":
         pqn_breakout.run_command(pqn_breakout.main)

@@ -229,7 +229,7 @@ def test_a_games_length_is_the_agents_steps_in_both_pipelines(tmp_path, vec_env,
         assert CUT_STEPS - unseen <= length <= CUT_STEPS
 
 
-def test_a_run_reports_every_30_seconds_and_saves_every_checkpoint_minutes(
+def test_a_run_reports_every_15_seconds_and_saves_every_checkpoint_minutes(
     cli, monkeypatch, on_step, tmp_path
 ):
     def tick(*step):
@@ -250,13 +250,12 @@ def test_a_run_reports_every_30_seconds_and_saves_every_checkpoint_minutes(
     assert (code, told) == (0, "")
     assert "2 games of BreakoutNoFrameskip-v4" in start and str(run_in(tmp_path)) in start
     assert "step 80" in end and f"evaluate.py --model {run_in(tmp_path)}" in end
-    # At once, and then when more than 30 seconds have passed: three rollouts of 12.
-    for step, line in zip([8, 32, 56, 80], progress, strict=True):
-        epsilon = 1 + min(step / 40, 1) * (0.01 - 1)
+    # At once, and then when more than 15 seconds have passed: two rollouts of 12.
+    for step, line in zip([8, 24, 40, 56, 72], progress, strict=True):
         minutes = (80 - step) / ROLLOUT * seconds_a_rollout / 60
         assert line == (
-            f"step {step} of 80 ({step / 80:.0%}): score 7.0, epsilon {epsilon:.3f}, "
-            f"{ROLLOUT / seconds_a_rollout:.0f} steps/s, {minutes:.0f} minutes left"
+            f"step {step} of 80 ({step / 80:.0%}): score 7.0, "
+            f"{ROLLOUT / seconds_a_rollout:.0f} steps/s, threads: 1, {minutes:.0f} minutes left"
         )
     assert saved == {0, 24, 48, 72}
     assert checkpoint_of(run_in(tmp_path)).global_step == 80
@@ -318,25 +317,56 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(monkeypatch, tmp_path):
     assert not same(a.learned, c.learned)
 
 
-@pytest.mark.parametrize("requested, faster, kept", [(0, 1, 1), (0, 2, 2), (2, 1, 2), (5, 1, 2)])
+@pytest.fixture
+def faster(monkeypatch):
+    """A list whose last element is the number of threads that is faster, of two cores."""
+    faster = [1]
+
+    def seconds(*_, **__):
+        return 1 if torch.get_num_threads() == faster[-1] else 2
+
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(timeit, "timeit", seconds)
+    return faster
+
+
+@pytest.mark.parametrize("requested, fast, kept", [(0, 1, 1), (0, 2, 2), (2, 1, 2), (5, 1, 2)])
 def test_the_number_of_threads_is_told_and_kept(
-    cli, monkeypatch, on_step, tmp_path, requested, faster, kept
+    cli, faster, on_step, tmp_path, requested, fast, kept
 ):
     def look(*_):
         assert torch.get_num_threads() == kept
 
-    def seconds(*_, **__):
-        return 1 if torch.get_num_threads() == faster else 2
-
+    faster.append(fast)
     on_step(look)
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
-    monkeypatch.setattr(timeit, "timeit", seconds)
     code, out, _ = cli(**TINY | {"num_threads": requested}, log_dir=tmp_path)
 
     assert code == 0
-    assert ("--num-threads 5: lowered to the 2" in out) == (requested == 5)
-    assert f"float32, {kept} threads" in out
+    assert out.count("--num-threads 5: lowered to the 2") == (requested == 5)
+    assert f"float32, --num-threads {kept}" in out
     assert args_of(run_in(tmp_path)).num_threads == kept
+
+
+@pytest.mark.parametrize("requested", [0, 2])
+def test_threads_change_as_other_programs_come_and_go_unless_their_number_is_given(
+    cli, faster, monkeypatch, on_step, tmp_path, requested
+):
+    def tick(*_):
+        clock[0] += 4  # a rollout takes 16 seconds
+        used.append(torch.get_num_threads())
+        faster.append(2 if clock[0] < 40 else 1)
+
+    clock = [0]
+    used = []
+    faster.append(2)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    on_step(tick)
+    _, out, _ = cli(**TINY | {"num_threads": requested}, log_dir=tmp_path)
+
+    # It notices at the end of the third rollout.
+    assert used == [2] * 12 + ([2] * 8 if requested else [1] * 8)
+    assert ("threads: 1" in out) == (not requested)
+    assert args_of(run_in(tmp_path)).num_threads == 2
 
 
 # --- Going on ---
