@@ -430,17 +430,16 @@ def say_aside(line: str):
 def answer_signals(cleanup: contextlib.ExitStack) -> list[int]:
     """A list that will hold the first of pqn.SIGNALS to come. A second ends the program at once."""
     received = []
-    # What the caller ignores, as nohup does, stays ignored.
-    handled = [each for each in pqn.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
 
     def handle(number: int, _):
         received.append(number)
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
+        if len(received) > 1:
+            sys.exit(128 + number)
         say_aside("stops after this step; a second signal ends the program at once")
 
-    for number in handled:
-        cleanup.callback(signal.signal, number, signal.signal(number, handle))
+    for number in pqn.SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            cleanup.callback(signal.signal, number, signal.signal(number, handle))
     return received
 
 

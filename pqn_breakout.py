@@ -614,7 +614,7 @@ def train(args: Args, at_start=None):
                     checkpointed = now
             except OSError as error:  # of the writer, which does not name its file
                 raise UserError(f"{folder}: curves cannot be written: {error.strerror}") from None
-            if now - reported > 15:
+            if now - reported > 10:
                 threads = set_threads(args.num_threads)  # other programs come and go
                 say(
                     f"{run.progress()}, {sps:.0f} steps/s, threads: {threads}, "
@@ -883,20 +883,20 @@ def choose_device(name):
 def set_threads(requested):
     """Sets the CPU threads of PyTorch; returns their number.
 
-    It is `requested`, but at most one for each core that this process has. For 0 it is one, or one
-    for each core, what is faster now.
+    It is `requested`, but at most one for each core that this process has. For 0 it is one for each
+    core, or one alone where they would hardly be faster now.
     """
     # torchrun tells how many processes share this machine.
-    cores = max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
     numbers = torch.zeros(200_000)
 
     def seconds(threads):
         torch.set_num_threads(threads)
-        return timeit.timeit(numbers.exp, number=500)
+        return timeit.timeit(numbers.exp, number=300)
 
     # Threads wait for each other after every small operation. Beside another busy program that
     # takes far longer than the operation itself, and one thread alone is faster.
-    threads = min(requested, cores) or min((1, cores), key=seconds)
+    threads = min(requested, cores) or (cores if 1.3 * seconds(cores) < seconds(1) else 1)
     torch.set_num_threads(threads)
     return threads
 

@@ -229,28 +229,28 @@ def test_a_games_length_is_the_agents_steps_in_both_pipelines(tmp_path, vec_env,
         assert CUT_STEPS - unseen <= length <= CUT_STEPS
 
 
-def test_a_run_reports_every_15_seconds_and_saves_every_checkpoint_minutes(
+def test_a_run_reports_every_10_seconds_and_saves_every_checkpoint_minutes(
     cli, monkeypatch, on_step, tmp_path
 ):
     def tick(*step):
         end_game(*step)
-        clock[0] += 3
+        clock[0] += 1.5
         saved.add(checkpoint_of(run_in(tmp_path)).global_step)
 
-    seconds_a_rollout = 3 * TINY["num_steps"]
+    seconds_a_rollout = 1.5 * TINY["num_steps"]
     end_game = end_with(repeat(7))
     clock = [0]  # seconds, which only the test moves
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     saved = set()
     on_step(tick)
-    settings = TINY | {"total_timesteps": 80, "checkpoint_minutes": 0.5}
+    settings = TINY | {"total_timesteps": 80, "checkpoint_minutes": 0.25}
     code, out, told = cli(**settings, log_dir=tmp_path)
     start, *progress, end = out.splitlines()
 
     assert (code, told) == (0, "")
     assert "2 games of BreakoutNoFrameskip-v4" in start and str(run_in(tmp_path)) in start
     assert "step 80" in end and f"evaluate.py --model {run_in(tmp_path)}" in end
-    # At once, and then when more than 15 seconds have passed: two rollouts of 12.
+    # At once, and then when more than 10 seconds have passed: two rollouts of 6.
     for step, line in zip([8, 24, 40, 56, 72], progress, strict=True):
         minutes = (80 - step) / ROLLOUT * seconds_a_rollout / 60
         assert line == (
