@@ -10,6 +10,7 @@ settings that go on for longer. These draw the two pictures of the README:
 
     python tests/plot_runs.py logs/reference/curves.png --panels steps:2,steps \\
         "recommended=logs/reference/recommended/*" \\
+        "without LayerNorm=logs/reference/no_layernorm/*" \\
         "TD(0)=logs/reference/td0/*" \\
         "long run=logs/reference/long/*"
     python tests/plot_runs.py logs/reference/race.png --log \\
