@@ -435,7 +435,7 @@ def answer_signals(cleanup: contextlib.ExitStack) -> list[int]:
         received.append(number)
         if len(received) > 1:
             sys.exit(128 + number)
-        say_aside("stops after this step; a second signal ends the program at once")
+        say_aside("stops as soon as it can; a second signal ends the program at once")
 
     for number in pqn.SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

@@ -40,7 +40,7 @@ import timeit
 import zipfile
 from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -93,8 +93,7 @@ class Args:
     env_id: Game = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
     seed: Natural = 1  # of network, exploration, minibatches and games
     total_timesteps: Natural = 2_000_000  # steps of all games together, 4 frames each
-    learning_rate: Positive = 1e-3  # step size of RAdam
-    anneal_lr: StrictBool = True  # lower the learning rate linearly to zero
+    learning_rate: Positive = 1e-3  # step size of RAdam at the start; it falls linearly to zero
     num_envs: Count = 32  # games in parallel, of all processes together
     num_steps: Count = 32  # steps of each game in a rollout
     num_minibatches: Count = 32  # minibatches that a rollout is cut into
@@ -108,7 +107,8 @@ class Args:
     device: Text = "auto"  # cpu, cuda, cuda:1, mps...; auto is CUDA, or else the CPU
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto where the device has it
     num_threads: Natural = 0  # CPU threads of a process; 0: one or all cores, what is faster now
-    compile: StrictBool = False  # torch.compile, on CUDA with CUDA graphs; slower on a CPU
+    # torch.compile, on CUDA with CUDA graphs; slower on a CPU; anew when the threads change
+    compile: StrictBool = False
     vec_env: Literal["native", "sb3"] = "native"  # ALE's vector environment, or SB3's pipeline
     log_dir: Text = "logs"  # where the run's folder is made
     resume: Text | None = None  # folder of a run to go on with
@@ -368,7 +368,7 @@ class BestModel:
     env_id: Game
     network: Tensors
     global_step: Natural  # when the network was kept
-    mean_return: Mean = -math.inf  # of its last 100 training games, once there are 100
+    mean_return: Mean = -math.inf  # of the last 100 training games then, once there were 100
     highest_mean: Mean = -math.inf  # of any network of this run; older files lack it
 
 
@@ -452,9 +452,12 @@ class Run:
             self.best = BestModel(self.args.env_id, weights, self.global_step, mean, highest)
 
     def progress(self):
-        score = f"score {np.mean(self.scores):.1f}" if self.scores else "no game is over yet"
-        done = f"{self.global_step:,} of {self.args.total_timesteps:,}"
-        return f"step {done} ({self.global_step / self.args.total_timesteps:.0%}): {score}"
+        """What is kept so far, in words."""
+        step = self.kept["global_step"]
+        total = self.args.total_timesteps
+        scores = self.kept["scores"]
+        score = f"score {np.mean(scores):.1f}" if scores else "no game is over yet"
+        return f"step {step:,} of {total:,} ({step / total:.0%}): {score}"
 
     def end(self, folder):
         """Saves the run and says how to go on."""
@@ -496,8 +499,8 @@ def train(args: Args, at_start=None):
     """Trains as `args` say; returns the run's folder.
 
     In a process group each process plays its share of the games; rank 0 alone writes and reports.
-    However training ends, the run is saved as it was after the last whole rollout. `at_start` is
-    called with the run, its folder, and a stack for what must be undone. Raises UserError.
+    Also when an exception ends training, the run is saved as it was after the last whole rollout.
+    `at_start` gets the run, its folder, and a stack for what must be undone. Raises UserError.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_sizes(args, world_size)
@@ -505,26 +508,24 @@ def train(args: Args, at_start=None):
     num_envs = args.num_envs // world_size
     batch_size = args.num_envs * args.num_steps
     last_start = args.total_timesteps - batch_size  # a later rollout would go beyond them
-    final_lr = 0.0 if args.anneal_lr else args.learning_rate
-    lr_at = partial(linear_schedule, args.learning_rate, final_lr, args.total_timesteps)
     exploration = args.exploration_fraction * args.total_timesteps
     epsilon_at = partial(linear_schedule, args.start_e, args.end_e, exploration)
     rollout = Rollout(args.num_steps, num_envs)
     parent = os.getppid()
     with contextlib.ExitStack() as cleanup:
         # 1. Make the agent, or load it, and start the games.
-        repeatable(1, cleanup)
+        repeatable(1, cleanup)  # remembers the caller's threads before some are tried
         threads = set_threads(args.num_threads)
         if args.num_threads > threads:
             say(f"--num-threads {args.num_threads}: lowered to the {threads} cores that are there")
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, threads)
         cleanup.callback(envs.close)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
-        run = Run(replace(args, num_threads=threads), network, optimizer)
+        run = Run(args, network, optimizer)
         folder = open_folder(args, cleanup) if rank == 0 else None
         if args.resume:
             run.resume(Path(args.resume))
-        # Game i has the same seed whatever process plays it; a resumed run starts other games.
+        # Game i has the same seed whatever process plays it. A resumed run starts other games.
         rng = np.random.default_rng([args.seed, run.global_step])
         envs.seed(int(rng.integers(2**31)) + rank * num_envs)
         rollout.frames[-1] = envs.reset().transpose(0, 2, 3, 1)
@@ -535,18 +536,19 @@ def train(args: Args, at_start=None):
             learner = nn.parallel.DistributedDataParallel(network)
         if rank == 0:
             run.save(folder)
-            write_file(folder / "args.json", json.dumps(vars(run.args), indent=2).encode())
+            settings = vars(args) | {"num_threads": threads}
+            write_file(folder / "args.json", json.dumps(settings, indent=2).encode())
             if at_start:
                 at_start(run, folder, cleanup)
             cleanup.callback(run.end, folder)
             # TensorBoard hides what a killed run wrote after its checkpoint.
             writer = SummaryWriter(folder, purge_step=run.global_step + 1)
             cleanup.callback(writer.close)
-            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(run.args).items())
+            rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
             writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}")
             say(
                 f"PQN on {args.num_envs} games of {args.env_id}, {world_size} x {device} in "
-                f"{'bfloat16' if network.bf16 else 'float32'}, --num-threads {threads}: {folder}"
+                f"{'bfloat16' if network.bf16 else 'float32'}, threads: {threads}: {folder}"
             )
 
         # 2. Go on from a checkpoint.
@@ -569,7 +571,7 @@ def train(args: Args, at_start=None):
             games, sparse_reward_ratio = play(network, envs, rollout, epsilons, args.gamma, rng)
 
             # 4. Learn from them.
-            lr = lr_at(run.global_step)
+            lr = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, run.global_step)
             means = learn(learner, optimizer, rollout, lr, rng, args)
             run.global_step += batch_size
 
@@ -613,9 +615,9 @@ def train(args: Args, at_start=None):
                     run.save(folder)
                     checkpointed = now
             except OSError as error:  # of the writer, which does not name its file
-                raise UserError(f"{folder}: curves cannot be written: {error.strerror}") from None
+                raise UserError(f"{folder}: curves cannot be written: {error.strerror}") from error
             if now - reported > 10:
-                threads = set_threads(args.num_threads)  # other programs come and go
+                threads = set_threads(args.num_threads)  # as other programs come and go
                 say(
                     f"{run.progress()}, {sps:.0f} steps/s, threads: {threads}, "
                     f"{(args.total_timesteps - run.global_step) / sps / 60:.0f} minutes left"
@@ -802,7 +804,7 @@ def write_file(path, data: bytes):
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         new.unlink(missing_ok=True)  # after an error; it may fill the disk
 
@@ -834,7 +836,7 @@ def load(path, kind):
             f"{path}: no {kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception:  # unpickling garbage can raise anything
         raise UserError(f"{path}: damaged, or not a file of this program") from None
 
@@ -862,7 +864,7 @@ def say(line):
     """Prints a line. Training goes on when nobody can read it (`| head`, a closed terminal)."""
     try:
         print(line, flush=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter, where a signal came as a line was being printed
         sys.stdout = None  # otherwise Python fails on what is left in its buffer, as it exits
 
 
@@ -924,11 +926,12 @@ def exit_at_signals(run, folder, cleanup):
 
     def handle(number, _):
         received.append(number)
-        # torchrun forwards a Ctrl-C that the terminal has already delivered: no second one counts.
-        if len(received) > 1 and "RANK" not in os.environ:
+        if len(received) > 1:
+            if "RANK" in os.environ:  # torchrun may forward a signal more than once
+                return
             say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
             os._exit(128 + number)
-        say("stops and saves the last whole rollout; a second signal ends without saving")
+        say("stops and saves what the last whole rollout left; a second signal ends without saving")
         if not run.ending:  # a first signal must not cut off the save at the end
             sys.exit(128 + number)
 
@@ -936,8 +939,8 @@ def exit_at_signals(run, folder, cleanup):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             cleanup.callback(signal.signal, number, signal.signal(number, handle))
     if "RANK" in os.environ:
-        # While PyTorch waits for another process no handler of Python's can run, but a thread can,
-        # and through this pipe it hears of a signal.
+        # While PyTorch waits for another process no handler of Python's can run. But this thread
+        # can, and hears of a signal through the pipe. The last curves may be missing then.
         pipe = os.pipe()
         os.set_blocking(pipe[1], False)
         signal.set_wakeup_fd(pipe[1])
@@ -946,8 +949,10 @@ def exit_at_signals(run, folder, cleanup):
             os.read(pipe[0], 1)
             time.sleep(5)
             if not run.ending:
-                run.end(folder)
-                os._exit(1)
+                try:
+                    run.end(folder)
+                finally:
+                    os._exit(1)
 
         threading.Thread(target=save_after_all, daemon=True).start()
 
@@ -973,7 +978,7 @@ def run_command(command):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if sys.flags.dev_mode:  # python -X dev, for who changes this script
+        if sys.flags.dev_mode:  # python -X dev, for those who change this script
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     finally:
@@ -986,7 +991,8 @@ def main():
     if args.resume:
         args = tyro.cli(Args, default=load(Path(args.resume, "checkpoint.pth"), Checkpoint).args)
     if "RANK" in os.environ:  # set by torchrun
-        # A handler of Python's cannot run while PyTorch waits for the other processes.
+        # Until rank 0 has something to save, Ctrl-C ends a process at once. A handler of Python's
+        # could not run while PyTorch waits for the other processes.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from test_runs import (
 )
 
 import pqn_breakout
-from pqn_breakout import QNetwork
+from pqn_breakout import QNetwork, UserError
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -129,6 +130,12 @@ def test_a_launchers_variable_without_the_others_is_told(cli, monkeypatch, tmp_p
 
     assert is_line(told, "WORLD_SIZE") and out == ""
     assert not (tmp_path / "logs").exists()
+
+
+def test_an_error_keeps_its_traceback_where_python_runs_for_developers(cli, monkeypatch):
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(UserError, match="nowhere"):
+        cli("--resume", "nowhere")
 
 
 # --- The program that calls, and its settings ---

@@ -550,7 +550,7 @@ def test_a_signal_keeps_what_was_recorded(run, monkeypatch, name, every, number)
 
     assert code == 128 + number and sorted(os.listdir()) == [name, "logs"]
     answer, result = err.splitlines()
-    assert "stops after this step; a second signal ends" in answer
+    assert "stops as soon as it can; a second signal ends" in answer
     assert "no game was finished" in result
     assert 30 <= every * len(read_video(name)[1]) <= 34  # to the end of the step
 

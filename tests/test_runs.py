@@ -81,10 +81,14 @@ def best_of(run_dir):
     return load(run_dir / "best_model.pth", BestModel)
 
 
+def told_args_of(run_dir):
+    return json.loads((run_dir / "args.json").read_text())
+
+
 def args_of(run_dir):
-    """Its arguments, of which both of its files tell the same."""
+    """Its arguments, of which both of its files tell the same if its threads were given."""
     args = checkpoint_of(run_dir).args
-    assert json.loads((run_dir / "args.json").read_text()) == vars(args)
+    assert told_args_of(run_dir) == vars(args)
     return args
 
 
@@ -331,7 +335,7 @@ def faster(monkeypatch):
 
 
 @pytest.mark.parametrize("requested, fast, kept", [(0, 1, 1), (0, 2, 2), (2, 1, 2), (5, 1, 2)])
-def test_the_number_of_threads_is_told_and_kept(
+def test_the_number_of_threads_is_told_and_a_given_one_is_kept(
     cli, faster, on_step, tmp_path, requested, fast, kept
 ):
     def look(*_):
@@ -343,8 +347,9 @@ def test_the_number_of_threads_is_told_and_kept(
 
     assert code == 0
     assert out.count("--num-threads 5: lowered to the 2") == (requested == 5)
-    assert f"float32, --num-threads {kept}" in out
-    assert args_of(run_in(tmp_path)).num_threads == kept
+    assert f"float32, threads: {kept}" in out
+    assert told_args_of(run_in(tmp_path))["num_threads"] == kept
+    assert checkpoint_of(run_in(tmp_path)).args.num_threads == requested
 
 
 @pytest.mark.parametrize("requested", [0, 2])
@@ -366,7 +371,7 @@ def test_threads_change_as_other_programs_come_and_go_unless_their_number_is_giv
     # It notices at the end of the third rollout.
     assert used == [2] * 12 + ([2] * 8 if requested else [1] * 8)
     assert ("threads: 1" in out) == (not requested)
-    assert args_of(run_in(tmp_path)).num_threads == 2
+    assert told_args_of(run_in(tmp_path))["num_threads"] == 2
 
 
 # --- Going on ---
@@ -572,7 +577,7 @@ CRAFTED = {
     "args/seed": [2.5, -1],
     "args/num_envs": [10**7, 0],
     "args/gamma": [2.0, "0.9"],
-    "args/anneal_lr": [1],
+    "args/compile": [1],
     "args/learning_rate": [math.nan],
     "args/env_id": [7, "Nonsense-v0", "PongNoFrameskip-v4"],
     "args/weight_decay": [1e9],
@@ -650,16 +655,19 @@ def test_an_error_of_pytorch_ends_a_run_in_one_line_and_saves_the_last_whole_rol
 def test_a_gradient_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     on_step, cli, resume, tmp_path
 ):
+    def stop(*_):
+        raise KeyboardInterrupt
+
     def explode(rewards, _):
         rewards.fill(np.inf)
 
-    until_then = {"total_timesteps": 3 * ROLLOUT, "exploration_fraction": 20 / (3 * ROLLOUT)}
-    good = train_in(tmp_path / "good", **until_then, anneal_lr=False)
-    on_step(explode, at=14)  # in the fourth rollout
-    _, _, told = cli("--no-anneal-lr", **TINY, log_dir=tmp_path / "bad")
+    on_step(stop, at=14)  # in the fourth rollout
+    cli(**TINY, log_dir=tmp_path / "good")
+    on_step(explode, at=14)
+    _, _, told = cli(**TINY, log_dir=tmp_path / "bad")
     run_dir = run_in(tmp_path / "bad")
     assert is_line(told, f"step {4 * ROLLOUT}: not finite")
-    assert same(checkpoint_of(run_dir).learned, checkpoint_of(good).learned)
+    assert same(checkpoint_of(run_dir).learned, checkpoint_of(run_in(tmp_path / "good")).learned)
 
     resume(run_dir)
     assert steps_of(run_dir) == FIVE_ROLLOUTS
