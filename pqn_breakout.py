@@ -931,7 +931,7 @@ def exit_at_signals(run, folder, cleanup):
                 return
             say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
             os._exit(128 + number)
-        say("stops and saves what the last whole rollout left; a second signal ends without saving")
+        say("stops and saves the run as of its last rollout; a second signal ends without saving")
         if not run.ending:  # a first signal must not cut off the save at the end
             sys.exit(128 + number)
 
