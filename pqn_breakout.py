@@ -87,7 +87,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(config=CHECKED)
 class Args:
-    """Train PQN on an Atari game. Recommended: --q-lambda 0.3 --gamma 0.997 --update-epochs 2."""
+    """Train PQN on an Atari game.
+
+    Recommended: --q-lambda 0.3 --update-epochs 2, and on Breakout --gamma 0.997.
+    """
 
     # tyro shows the comments behind the options as their help.
     env_id: Game = "BreakoutNoFrameskip-v4"  # any Atari game of ale-py
