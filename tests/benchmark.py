@@ -55,7 +55,8 @@ PAPER = {
     "update_epochs": 2,
     "q_lambda": 0.65,
 }
-RECOMMENDED = {"q_lambda": 0.3, "gamma": 0.997, "update_epochs": 2}
+RECOMMENDED = {"q_lambda": 0.3, "update_epochs": 2}
+RECOMMENDED_FOR_BREAKOUT = RECOMMENDED | {"gamma": 0.997}
 SETTINGS = {
     "PQN, CleanRL's settings": CLEANRL,
     "PQN, the paper's settings": PAPER,
@@ -272,7 +273,7 @@ def race_peer(name: str, steps: int, minutes: float, folder: Path) -> None:
 # How each is timed, how it trains, and its settings.
 CONTENDERS = {
     "pqn_td0": (trainer, race_pqn, {}),
-    "pqn_recommended": (trainer, race_pqn, RECOMMENDED),
+    "pqn_recommended": (trainer, race_pqn, RECOMMENDED_FOR_BREAKOUT),
     "ppo": (peer, race_peer, "PPO"),
     "dqn": (peer, race_peer, "DQN"),
     "ppo_on_our_environments": (peer, race_peer, "PPO on our environments"),
