@@ -551,7 +551,7 @@ def train(args: Args, at_start=None):
             writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{rows}")
             say(
                 f"PQN on {args.num_envs} games of {args.env_id}, {world_size} x {device} in "
-                f"{'bfloat16' if network.bf16 else 'float32'}, threads: {threads}: {folder}"
+                f"{'bfloat16' if network.bf16 else 'float32'}, threads: {threads}, {folder}"
             )
 
         # 2. Go on from a checkpoint.
