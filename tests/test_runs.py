@@ -375,10 +375,11 @@ def test_threads_change_as_other_programs_come_and_go_unless_their_number_is_giv
 
 
 # --- Going on ---
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(on_step, cli, resume, tmp_path):
-    def stop(*_):
-        raise KeyboardInterrupt
+def stop(*_):
+    raise KeyboardInterrupt
 
+
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(on_step, cli, resume, tmp_path):
     on_step(stop, at=71)  # in the 18th rollout, and each of the two games is cut off after 60
     settings = TINY | {"env_id": CUT_BREAKOUT, "learning_rate": 1e-3, "exploration_fraction": 1.0}
     assert cli(**settings | {"total_timesteps": 320}, log_dir=tmp_path)[0] == 130
@@ -655,9 +656,6 @@ def test_an_error_of_pytorch_ends_a_run_in_one_line_and_saves_the_last_whole_rol
 def test_a_gradient_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     on_step, cli, resume, tmp_path
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     def explode(rewards, _):
         rewards.fill(np.inf)
 
