@@ -236,6 +236,8 @@ def test_a_run_that_waits_for_a_process_that_hangs_saves_its_last_whole_rollout(
     before = checkpoint_of(run_dir).global_step
     with processes(run_dir, 2) as (torchrun, workers):
         workers[1].suspend()
+        while workers[1].status() != psutil.STATUS_STOPPED:  # it stops when all its threads do
+            time.sleep(0.01)
         start = time.monotonic()
         torchrun.send_signal(signal.SIGTERM)
         workers[0].wait(timeout=20)
