@@ -121,6 +121,7 @@ class Args:
 # --- The algorithm ---
 FRAMES = 4  # the last ones that the agent sees, the newest last
 SIDE = 84  # pixels, height and width of a frame
+MAX_FRAMES = 65_536  # of a training game; from then on Breakout takes no input
 
 
 def normalise(ln, x):
@@ -264,8 +265,7 @@ def to_device(array, network):
 def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
     """Fills `rollout`, starting where it ended before: for each of `epsilons` a step of every game.
 
-    Returns the finished games as (t, true score, length in steps), and the share of steps without a
-    reward.
+    Returns the finished games as (t, true score, length in steps).
     """
 
     def q_values_of(frames):
@@ -273,13 +273,11 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
         return network(states).cpu().numpy()  # waits, so `frames` may be overwritten
 
     finished = []
-    num_rewards = 0
     rollout.frames[0] = rollout.frames[-1]
     for t, epsilon in enumerate(epsilons):
         q_values = q_values_of(rollout.frames[t])
         actions = epsilon_greedy(q_values, epsilon, rng)
         observations, rewards, dones, infos = envs.step(actions)
-        num_rewards += np.count_nonzero(rewards)
         rollout.lengths += 1
         for i, info in enumerate(infos):
             if "action" in info:
@@ -310,7 +308,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
             for i in truncated:
                 last[i] = infos[i]["terminal_observation"].transpose(1, 2, 0)
             rollout.rewards[t, truncated] += gamma * q_values_of(last).max(1)[truncated]
-    return finished, 1 - num_rewards / rollout.rewards.size
+    return finished
 
 
 def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args):
@@ -521,7 +519,7 @@ def train(args: Args, at_start=None):
         threads = set_threads(args.num_threads)
         if args.num_threads > threads:
             say(f"--num-threads {args.num_threads}: lowered to the {threads} cores that are there")
-        envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, threads)
+        envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, threads, MAX_FRAMES)
         cleanup.callback(envs.close)
         network, optimizer = make_agent(args, int(envs.action_space.n), device)
         run = Run(args, network, optimizer)
@@ -571,7 +569,7 @@ def train(args: Args, at_start=None):
             rng = np.random.default_rng([args.seed, run.global_step, rank])
             steps = run.global_step + args.num_envs * np.arange(1, args.num_steps + 1)
             epsilons = [epsilon_at(step) for step in steps]
-            games, sparse_reward_ratio = play(network, envs, rollout, epsilons, args.gamma, rng)
+            games = play(network, envs, rollout, epsilons, args.gamma, rng)
 
             # 4. Learn from them.
             lr = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, run.global_step)
@@ -579,11 +577,12 @@ def train(args: Args, at_start=None):
             run.global_step += batch_size
 
             # 5. Hear what all processes have to say.
-            reports = [(games, [*means, sparse_reward_ratio])] * world_size
+            reports = [(games, [*means, np.mean(rollout.rewards == 0)])] * world_size
             if world_size > 1:
                 dist.all_gather_object(reports, reports[rank])
-            means = np.mean([means for _, means in reports], axis=0).tolist()
-            loss, current_q, target_q, norm, sparse_reward_ratio = means
+            loss, current_q, target_q, norm, sparse_reward_ratio = np.mean(
+                [means for _, means in reports], axis=0
+            )
             if not math.isfinite(loss + norm):
                 raise UserError(f"step {run.global_step:,}: not finite; --resume with --bf16 off")
             if os.getppid() != parent and world_size > 1:  # or it would train on for ever
@@ -642,13 +641,14 @@ class AtariVecEnv(VecEnv):
       length `l` in steps, once it is over.
     """
 
-    def __init__(self, spec, num_envs, frame_skip, noop_max, num_threads):
+    def __init__(self, spec, num_envs, frame_skip, noop_max, num_threads, max_frames):
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs}: must be at least 1")
         options = spec.kwargs | {
             "frameskip": frame_skip,
             "noop_max": noop_max,
             "num_threads": num_threads,
+            "max_num_frames_per_episode": max_frames,
             "use_fire_reset": False,
             "reward_clipping": False,
             "autoreset_mode": "SameStep",
@@ -750,14 +750,22 @@ def find_game(env_id: str):
 
 
 def make_env(
-    env_id: str, num_envs: int, seed: int, vec_env="native", noop_max=30, num_threads=0
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    vec_env="native",
+    noop_max=30,
+    num_threads=0,
+    max_frames=108_000,
 ) -> VecEnv:
     """A Stable-Baselines3 `VecEnv`, uint8 `(num_envs, 4, 84, 84)`; game i starts from `seed + i`.
 
     `native` is ALE's vector environment. `sb3` is SB3's own pipeline, which plays frames that the
-    agent never sees: FIRE at a reset, and a no-op after a lost life. Raises UserError.
+    agent never sees: FIRE at a reset, and a no-op after a lost life. A game is truncated after
+    `max_frames`, or the fewer of its id. Raises UserError.
     """
     spec = find_game(env_id)
+    limit = min(max_frames, spec.kwargs["max_num_frames_per_episode"])
     frame_skip = spec.kwargs["frameskip"]
     if frame_skip == 1:  # a "NoFrameskip" id leaves it to the preprocessing
         frame_skip = 4
@@ -771,20 +779,21 @@ def make_env(
                     "frame_skip": 1 if random_skip else frame_skip,
                     "noop_max": noop_max,
                 },
-                env_kwargs={"frameskip": frame_skip if random_skip else 1},
+                env_kwargs={
+                    "frameskip": frame_skip if random_skip else 1,
+                    "max_num_frames_per_episode": limit,
+                },
             )
         except AssertionError:
             raise UserError(f"--vec-env sb3: cannot start {env_id}; native can") from None
         venv = VecTransposeImage(VecFrameStack(venv, FRAMES))
-    elif vec_env != "native":
-        raise UserError(f"--vec-env {vec_env}: must be native or sb3")
     elif random_skip:
         raise UserError(
             f"--env-id {env_id}: skips a random number of frames, which only --vec-env sb3 plays; "
             "ids with NoFrameskip-v4 skip none"
         )
     else:
-        venv = AtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads)
+        venv = AtariVecEnv(spec, num_envs, frame_skip, noop_max, num_threads, limit)
     venv.seed(seed)
     return venv
 
@@ -944,12 +953,12 @@ def exit_at_signals(run, folder, cleanup):
     if "RANK" in os.environ:
         # While PyTorch waits for another process no handler of Python's can run. But this thread
         # can, and hears of a signal through the pipe. The last curves may be missing then.
-        pipe = os.pipe()
-        os.set_blocking(pipe[1], False)
-        signal.set_wakeup_fd(pipe[1])
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end)
 
         def save_after_all():
-            os.read(pipe[0], 1)
+            os.read(read_end, 1)
             time.sleep(5)
             if not run.ending:
                 try:

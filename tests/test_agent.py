@@ -289,7 +289,7 @@ def played(frames):
     rollout.frames[-1] = channels_last(before)
 
     # It starts from `before`, where the rollout before ended.
-    games, sparse_reward_ratio = play(network, envs, rollout, EPSILONS, 0.9, default_rng(7))
+    games = play(network, envs, rollout, EPSILONS, 0.9, default_rng(7))
 
     states = np.array([before, *envs.recorded("observations")])
     last_room = network(torch.from_numpy(envs.pictures[2:]))
@@ -297,7 +297,6 @@ def played(frames):
         envs=envs,
         rollout=rollout,
         games=games,
-        sparse_reward_ratio=sparse_reward_ratio,
         states=states,
         q_values=np.array([network(torch.from_numpy(frames)).numpy() for frames in states[:-1]]),
         value_of_last_room=last_room.max().item(),
@@ -347,12 +346,6 @@ def test_play_returns_step_score_and_length_of_each_finished_game(played):
             starts[i] = t + 1
 
     assert played.games == expected
-
-
-def test_the_sparse_reward_ratio_is_that_of_the_environments_rewards(played):
-    without_reward = played.envs.recorded("rewards") == 0
-
-    assert played.sparse_reward_ratio == pytest.approx(without_reward.mean())
 
 
 # --- Learning ---

@@ -12,8 +12,9 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, replace
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import joblib
@@ -207,6 +208,24 @@ def test_tensorboard_shows_the_arguments_as_a_table(cut_run):
 
     assert (head, line) == ("|option|value|", "|-|-|")
     assert rows == [f"|{name}|{value}|" for name, value in vars(args_of(cut_run)).items()]
+
+
+def test_the_sparse_reward_ratio_is_the_share_of_steps_without_a_reward(on_step, tmp_path):
+    given = cycle([1, -1, 0, 0, 0])
+    on_step(lambda rewards, _: rewards.put([0, 1], [next(given), next(given)]))
+    run_dir = train_in(tmp_path)
+
+    # A rollout has 8 rewards.
+    first, second, *_ = [ratio for _, ratio in curve(run_dir, "charts/sparse_reward_ratio")]
+    assert (first, second) == (4 / 8, 5 / 8)
+
+
+def test_games_are_cut_off_when_breakout_goes_dead(monkeypatch, tmp_path):
+    make_games = Mock(wraps=pqn_breakout.AtariVectorEnv)
+    monkeypatch.setattr(pqn_breakout, "AtariVectorEnv", make_games)
+    train_in(tmp_path)
+
+    assert make_games.call_args.kwargs["max_num_frames_per_episode"] == 65_536
 
 
 def test_of_fewer_than_100_games_the_last_network_is_the_best(monkeypatch, tmp_path):
