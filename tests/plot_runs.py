@@ -1,12 +1,12 @@
 """Draws training curves from TensorBoard events: score against steps and against minutes.
 
     python tests/plot_runs.py pong.png "TD(0)=logs/reference/pong_td0/*"
-    python tests/plot_runs.py games.png "PQN=logs/games/*/*" --panels steps
+    python tests/plot_runs.py games_curves.png "PQN=logs/games/*/*" --panels steps
 
 Each LABEL=PATTERN names the runs of one setting. Several runs of a game are drawn as their mean
 and range, and a row of a table is printed. The score is the mean of the last 100 training games.
 A panel is `steps` or `minutes`, or up to a limit as `steps:2` (million); then it leaves out the
-settings that go on for longer. These draw the two pictures of the README:
+settings that go on for longer. These draw the three pictures of the README:
 
     python tests/plot_runs.py logs/reference/curves.png --panels steps:2,steps \\
         "recommended=logs/reference/recommended/*" \\
@@ -21,6 +21,10 @@ settings that go on for longer. These draw the two pictures of the README:
         "SB3 PPO=logs/reference/race/ppo" \\
         "SB3 PPO, our environments=logs/reference/race/ppo_on_our_environments" \\
         "CleanRL PQN, its settings=logs/reference/race/cleanrl_own"
+    python tests/plot_runs.py logs/reference/games_curves.png --panels steps \\
+        "PQN, gamma 0.997=logs/reference/recommended/*" \\
+        "PQN, sticky=logs/reference/breakout_sticky/*" \\
+        "PQN=logs/reference/games/*"
 """
 
 import argparse
