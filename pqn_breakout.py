@@ -257,8 +257,7 @@ def to_device(array, network):
     A GPU may still read the array afterwards. `play` and `learn` wait for the device before they
     end (`cpu`, `tolist`), so what is overwritten later has been read by then.
     """
-    device = next(network.parameters()).device
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return torch.from_numpy(array).to(next(network.parameters()).device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -660,8 +659,9 @@ class AtariVecEnv(VecEnv):
         self.requested = None
         meanings = self.get_action_meanings()
         self.fire = meanings.index("FIRE") if "FIRE" in meanings else None
-        spaces = self.envs.single_observation_space, self.envs.single_action_space
-        super().__init__(num_envs, *spaces)
+        super().__init__(
+            num_envs, self.envs.single_observation_space, self.envs.single_action_space
+        )
 
     def get_action_meanings(self):
         return [ale_py.Action(action).name for action in self.envs.ale.get_action_set()]
@@ -787,6 +787,8 @@ def make_env(
         except AssertionError:
             raise UserError(f"--vec-env sb3: cannot start {env_id}; native can") from None
         venv = VecTransposeImage(VecFrameStack(venv, FRAMES))
+    elif vec_env != "native":
+        raise UserError(f"--vec-env {vec_env}: must be native or sb3")
     elif random_skip:
         raise UserError(
             f"--env-id {env_id}: skips a random number of frames, which only --vec-env sb3 plays; "

@@ -359,6 +359,7 @@ REFUSED = [
     ("CartPole-v1", "native", "--env-id CartPole-v1: no Atari game"),
     ("", "native", "--env-id : no Atari game"),
     ("Breakout-v4", "native", "--env-id Breakout-v4: skips a random .* --vec-env sb3 plays; ids"),
+    (BREAKOUT, "subproc", "--vec-env subproc: must be native or sb3"),
 ]
 
 
