@@ -90,11 +90,13 @@ def worker(folder):
 
     train_in(folder / "logs", **SETTINGS)
     seen["trained"] = seen["weights"]
+    dist.barrier()  # until rank 0 has saved the run
     go_on(run_in(folder / "logs"), 22 * ROLLOUT)
     seen["resumed"] = seen["weights"]
     with pytest.raises(UserError, match="not finite"):
         train_in(folder / "exploded", **MOVING)
     torch.save(seen, folder / f"{rank}.pt")
+    dist.barrier()  # torchrun ends all processes when the first one fails
 
     dist.init_process_group = lambda: None  # it is one already
     sys.argv[1:] = flags(**SETTINGS | {"num_envs": 3, "log_dir": folder / "three"})
@@ -238,10 +240,8 @@ def test_a_run_that_waits_for_a_process_that_hangs_saves_its_last_whole_rollout(
         workers[1].suspend()
         while workers[1].status() != psutil.STATUS_STOPPED:  # it stops when all its threads do
             time.sleep(0.01)
-        start = time.monotonic()
         torchrun.send_signal(signal.SIGTERM)
-        workers[0].wait(timeout=20)
-        assert time.monotonic() - start < 10
+        workers[0].wait(timeout=10)
         workers[1].kill()
         output = end_of(torchrun, workers)
 
