@@ -11,9 +11,7 @@ beside it, nor on whether it is shown.
 
 import os
 
-if __name__ == "__main__":  # The libraries read these once, when they are loaded.
-    # A thread that waits soon sleeps. Spinning, it would hold a core that another program needs.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":  # pydantic reads it once, when it is loaded.
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import contextlib
@@ -62,9 +60,7 @@ class Args:
 # --- Models ---
 def find_model() -> Path:
     """The newest run's best model in ./logs, or else the best reference model for Breakout."""
-    runs = [
-        path for path in Path("logs").glob("*/best_model.pth") if path.parent.name != "reference"
-    ]
+    runs = [*Path("logs").glob("*/best_model.pth")]
     if runs:
         return max(runs, key=os.path.getmtime)
     # The script may have been called by a link to it. The models are where the script itself is.
@@ -433,9 +429,10 @@ def answer_signals(cleanup: contextlib.ExitStack) -> list[int]:
 
     def handle(number: int, _):
         received.append(number)
-        if len(received) > 1:
+        if len(received) == 1:
+            say_aside("stops as soon as it can; a second signal ends the program at once")
+        elif number > 1:  # a terminal that closes may send SIGHUP, 1, twice
             sys.exit(128 + number)
-        say_aside("stops as soon as it can; a second signal ends the program at once")
 
     for number in pqn.SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

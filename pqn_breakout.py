@@ -142,7 +142,7 @@ class QNetwork(nn.Module):
         self.ln1 = nn.LayerNorm(32)
         self.conv2 = nn.Conv2d(32, 64, 4, stride=2)
         self.ln2 = nn.LayerNorm(64)
-        self.conv3 = nn.Conv2d(64, 64, 3, stride=1)
+        self.conv3 = nn.Conv2d(64, 64, 3)
         self.ln3 = nn.LayerNorm(64)
         self.fc1 = nn.Linear(64 * 7 * 7, 512)
         self.ln_fc = nn.LayerNorm(512)
@@ -176,11 +176,10 @@ class RAdam(torch.optim.Adam):
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self.steps = 0
+        self.steps = 0  # a number of Python's: reading the tensors "step" would wait for the device
 
     def go_on_from(self, steps):
         """Counts on from the steps that were made before a stop."""
-        # A number of Python's, as reading the tensors "step" would wait for the device.
         self.steps = steps
 
     def step(self, lr: float):
@@ -311,7 +310,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
 
 
 def learn(network, optimizer: RAdam, rollout: Rollout, lr: float, rng, args: Args):
-    """All updates from a rollout, whose `values` are then used up.
+    """All updates from a rollout, whose `values` the CPU overwrites.
 
     Each epoch computes its targets anew from the newest Q-values. Those of a state that was played
     come from playing, or from the update that saw it in the epoch before, so they cost nothing.
@@ -438,7 +437,7 @@ class Run:
         self.keep()
 
     def update_best(self):
-        """Makes the network the best model, unless its mean is two standard errors below the best.
+        """Makes the network the best model if its mean is within two standard errors of the best.
 
         The highest of many noisy means is biased upwards: it belongs to a lucky network. So of
         networks that are about as good the newest is taken. Before 100 games the last one is.
@@ -484,7 +483,7 @@ def open_folder(args: Args, cleanup):
     try:
         try:
             cleanup.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:  # is an OSError, too
+        except (Timeout, PermissionError):  # are OSErrors, too
             raise
         except OSError:
             # Some network drives have no locks. There a file with the number of the process stands
@@ -507,7 +506,7 @@ def train(args: Args, at_start=None):
     device = choose_device(args.device)
     num_envs = args.num_envs // world_size
     batch_size = args.num_envs * args.num_steps
-    last_start = args.total_timesteps - batch_size  # a later rollout would go beyond them
+    last_start = args.total_timesteps - batch_size  # a later rollout would go beyond the total
     exploration = args.exploration_fraction * args.total_timesteps
     epsilon_at = partial(linear_schedule, args.start_e, args.end_e, exploration)
     rollout = Rollout(args.num_steps, num_envs)
@@ -556,6 +555,7 @@ def train(args: Args, at_start=None):
             # These games are all at their first ball, and to learn from such alone would set the
             # run back. So it first plays, without learning, until they are at different stages.
             epsilons = [epsilon_at(run.global_step)] * args.num_steps
+            rng = np.random.default_rng(rank)
             for k in range(16):
                 if rank == 0 and k % 4 == 0:
                     say(f"plays the new games apart, without learning: rollout {k + 1} of 16")
@@ -564,7 +564,7 @@ def train(args: Args, at_start=None):
         start = checkpointed = time.monotonic()
         reported = -math.inf
         while run.global_step <= last_start:
-            # 3. Play num_steps of every game. A generator a rollout needs no place in a checkpoint.
+            # 3. Play num_steps of every game. A new generator each time: none has to be saved.
             rng = np.random.default_rng([args.seed, run.global_step, rank])
             steps = run.global_step + args.num_envs * np.arange(1, args.num_steps + 1)
             epsilons = [epsilon_at(step) for step in steps]
@@ -580,7 +580,7 @@ def train(args: Args, at_start=None):
             if world_size > 1:
                 dist.all_gather_object(reports, reports[rank])
             loss, current_q, target_q, norm, sparse_reward_ratio = np.mean(
-                [means for _, means in reports], axis=0
+                [theirs for _, theirs in reports], axis=0
             )
             if not math.isfinite(loss + norm):
                 raise UserError(f"step {run.global_step:,}: not finite; --resume with --bf16 off")
@@ -602,8 +602,8 @@ def train(args: Args, at_start=None):
                 "losses/target_q": target_q,
             }
             try:
-                for games, _ in reports:
-                    for t, score, length in games:
+                for finished, _ in reports:
+                    for t, score, length in finished:
                         run.scores.append(score)
                         writer.add_scalar("charts/episodic_return", score, steps[t])
                         writer.add_scalar("charts/episodic_length", length, steps[t])
@@ -655,7 +655,7 @@ class AtariVecEnv(VecEnv):
         self.envs = AtariVectorEnv(num_envs=num_envs, **options)
         self.spec = spec
         self.frame_skip = frame_skip
-        self.render_mode = None
+        self.render_mode = None  # VecEnv asks for it
         self.requested = None
         meanings = self.get_action_meanings()
         self.fire = meanings.index("FIRE") if "FIRE" in meanings else None
@@ -673,9 +673,9 @@ class AtariVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self.lives = details["lives"]
-        self.new_life = np.ones(self.num_envs, dtype=bool)
+        self.new_life = np.ones(self.num_envs, bool)
         self.returns = np.zeros(self.num_envs)
-        self.lengths = np.zeros(self.num_envs, dtype=int)
+        self.lengths = np.zeros(self.num_envs, int)
         return observations
 
     def step_async(self, actions):
@@ -701,14 +701,14 @@ class AtariVecEnv(VecEnv):
         self.lengths += 1
         infos = []
         for i in range(self.num_envs):
-            info = {"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])}
+            info = {"lives": self.lives[i], "TimeLimit.truncated": truncated[i]}
             if self.fire is not None and self.new_life[i]:
                 info["action"] = self.fire
             if done[i]:
                 info["terminal_observation"] = observations[i]
             if over[i]:  # `observations` and `lives` are those of the next game already
                 info["terminal_observation"] = details["final_obs"][i]
-                info["lives"] = int(lives_before[i]) if truncated[i] else 0
+                info["lives"] = lives_before[i] if truncated[i] else 0
                 info["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i])}
             infos.append(info)
         self.new_life = done.copy()  # as the caller may write into `done`
@@ -875,7 +875,7 @@ def fill(own: Tensors, loaded: Tensors, path):
 
 
 def say(line):
-    """Prints a line. Training goes on when nobody can read it (`| head`, a closed terminal)."""
+    """Prints a line. Training goes on when nobody can read it (`| head`, a full disk)."""
     try:
         print(line, flush=True)
     except (OSError, RuntimeError):  # the latter, where a signal came as a line was being printed
@@ -940,14 +940,14 @@ def exit_at_signals(run, folder, cleanup):
 
     def handle(number, _):
         received.append(number)
-        if len(received) > 1:
-            if "RANK" in os.environ:  # torchrun may forward a signal more than once
-                return
+        if len(received) == 1:
+            say("stops and saves the last whole rollout; a second signal ends without saving")
+            if not run.ending:  # it must not cut off the save at the end
+                sys.exit(128 + number)
+        # A terminal that closes may send SIGHUP, 1, twice; torchrun may forward any signal twice.
+        elif number > 1 and "RANK" not in os.environ:
             say(f"not saved again; go on with: python pqn_breakout.py --resume {folder}")
             os._exit(128 + number)
-        say("stops and saves the run as of its last rollout; a second signal ends without saving")
-        if not run.ending:  # a first signal must not cut off the save at the end
-            sys.exit(128 + number)
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

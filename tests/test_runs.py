@@ -523,6 +523,7 @@ def file_system(request, monkeypatch):
 def test_a_folder_in_use_is_refused(file_system, on_step, tmp_path):
     def start_another(*_):
         run_dir = run_in(tmp_path)
+        time.sleep(1)  # TensorBoard's thread writes its first event
         # Only to be read under the lock.
         (run_dir / "checkpoint.pth").write_bytes(b"half of another's")
         before = snapshot(tmp_path)
