@@ -22,9 +22,9 @@ settings that go on for longer. These draw the three pictures of the README:
         "SB3 PPO, our environments=logs/reference/race/ppo_on_our_environments" \\
         "CleanRL PQN, its settings=logs/reference/race/cleanrl_own"
     python tests/plot_runs.py logs/reference/games_curves.png --panels steps \\
+        "PQN=logs/reference/games/*" \\
         "PQN, gamma 0.997=logs/reference/recommended/*" \\
-        "PQN, sticky=logs/reference/breakout_sticky/*" \\
-        "PQN=logs/reference/games/*"
+        "PQN, sticky=logs/reference/breakout_sticky/*"
 """
 
 import argparse
