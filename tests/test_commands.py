@@ -231,10 +231,11 @@ def stops(tmp_path_factory):
     with python(PROGRAM, "--resume", run_dir, *flags(**SMALL)) as process:
         wait_for_line(process, "step ")
         os.mkfifo(fifo)  # whoever writes to it waits for ever
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGHUP)
         process.stdout.readline()
+        process.send_signal(signal.SIGHUP)  # of the same terminal, as it closes
         stops["second"] = Stop(process, signal.SIGINT, run_dir)
-    fifo.unlink(missing_ok=True)
+    fifo.unlink()
 
     with python(PROGRAM, "--resume", run_dir) as process:
         line = wait_for_line(process, "step ")

@@ -557,18 +557,18 @@ def test_a_signal_keeps_what_was_recorded(run, monkeypatch, name, every, number)
 
 def test_a_second_signal_ends_the_program_at_once_and_keeps_no_half_of_a_video(run, monkeypatch):
     def stop():
-        for number in (SIGHUP, SIGTERM, SIGHUP, SIGINT):
+        for number in (SIGINT, SIGHUP, SIGHUP, SIGTERM):
             seen.append(number)
             raise_signal(number)
 
     seen = []
     on_show(monkeypatch, Video, 3, stop)
-    before = signal(SIGHUP, SIG_IGN)  # as under nohup
+    before = signal(SIGINT, SIG_IGN)  # as in the background of a shell's script
 
     code, out, _ = run("--video game.mp4")
 
-    signal(SIGHUP, before)
-    assert code == 128 + SIGINT and seen[-1] == SIGINT
+    signal(SIGINT, before)
+    assert code == 128 + SIGTERM and seen[-1] == SIGTERM
     assert os.listdir() == ["logs"]
     assert "mean" not in out
 
