@@ -530,8 +530,7 @@ def train(args: Args, at_start=None):
         rollout.frames[-1] = envs.reset().transpose(0, 2, 3, 1)
         learner = network
         if world_size > 1:
-            # Averages the gradients of all processes. Making it waits for every process. So all of
-            # them have read the run's files, and from here on rank 0 may write.
+            # Averages gradients. It waits until all have read the run, so rank 0 may write it then.
             learner = nn.parallel.DistributedDataParallel(network)
         if rank == 0:
             run.save(folder)

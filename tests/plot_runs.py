@@ -1,6 +1,6 @@
 """Draws training curves from TensorBoard events: score against steps and against minutes.
 
-    python tests/plot_runs.py pong.png "TD(0)=logs/reference/pong_td0/*"
+    python tests/plot_runs.py sticky.png "PQN=logs/reference/breakout_sticky/*"
     python tests/plot_runs.py games_curves.png "PQN=logs/games/*/*" --panels steps
 
 Each LABEL=PATTERN names the runs of one setting. Several runs of a game are drawn as their mean
