@@ -60,7 +60,9 @@ class Args:
 # --- Models ---
 def find_model() -> Path:
     """The newest run's best model in ./logs, or else the best reference model for Breakout."""
-    runs = [*Path("logs").glob("*/best_model.pth")]
+    runs = [
+        path for path in Path("logs").glob("*/best_model.pth") if path.parent.name != "reference"
+    ]
     if runs:
         return max(runs, key=os.path.getmtime)
     # The script may have been called by a link to it. The models are where the script itself is.
@@ -428,8 +430,8 @@ def answer_signals(cleanup: contextlib.ExitStack) -> list[int]:
     received = []
 
     def handle(number: int, _):
-        received.append(number)
-        if len(received) == 1:
+        if not received:
+            received.append(number)
             say_aside("stops as soon as it can; a second signal ends the program at once")
         elif number > 1:  # a terminal that closes may send SIGHUP, 1, twice
             sys.exit(128 + number)

@@ -286,7 +286,7 @@ def play(network, envs: VecEnv, rollout: Rollout, epsilons, gamma, rng):
                 dones[i] = True
             if "episode" in info:
                 # Its own length, as SB3's pipeline counts frames of the emulator.
-                finished.append((t, info["episode"]["r"], int(rollout.lengths[i])))
+                finished.append((t, info["episode"]["r"], rollout.lengths[i]))
                 rollout.lengths[i] = 0
 
         rollout.actions[t] = actions
@@ -519,7 +519,7 @@ def train(args: Args, at_start=None):
             say(f"--num-threads {args.num_threads}: lowered to the {threads} cores that are there")
         envs = make_env(args.env_id, num_envs, args.seed, args.vec_env, 30, threads, MAX_FRAMES)
         cleanup.callback(envs.close)
-        network, optimizer = make_agent(args, int(envs.action_space.n), device)
+        network, optimizer = make_agent(args, envs.action_space.n, device)
         run = Run(args, network, optimizer)
         folder = open_folder(args, cleanup) if rank == 0 else None
         if args.resume:
@@ -700,14 +700,14 @@ class AtariVecEnv(VecEnv):
         self.lengths += 1
         infos = []
         for i in range(self.num_envs):
-            info = {"lives": self.lives[i], "TimeLimit.truncated": truncated[i]}
+            info = {"lives": int(self.lives[i]), "TimeLimit.truncated": bool(truncated[i])}
             if self.fire is not None and self.new_life[i]:
                 info["action"] = self.fire
             if done[i]:
                 info["terminal_observation"] = observations[i]
             if over[i]:  # `observations` and `lives` are those of the next game already
                 info["terminal_observation"] = details["final_obs"][i]
-                info["lives"] = lives_before[i] if truncated[i] else 0
+                info["lives"] = int(lives_before[i]) if truncated[i] else 0
                 info["episode"] = {"r": float(self.returns[i]), "l": int(self.lengths[i])}
             infos.append(info)
         self.new_life = done.copy()  # as the caller may write into `done`
@@ -934,12 +934,12 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTE
 
 
 def exit_at_signals(run, folder, cleanup):
-    """Until `cleanup`, the first of SIGNALS raises SystemExit, a second one ends the process."""
+    """Until `cleanup`, the first of SIGNALS raises SystemExit, another ends the process."""
     received = []
 
     def handle(number, _):
-        received.append(number)
-        if len(received) == 1:
+        if not received:
+            received.append(number)
             say("stops and saves the last whole rollout; a second signal ends without saving")
             if not run.ending:  # it must not cut off the save at the end
                 sys.exit(128 + number)

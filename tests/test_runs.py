@@ -217,7 +217,7 @@ def test_the_sparse_reward_ratio_is_the_share_of_steps_without_a_reward(on_step,
 
     # A rollout has 8 rewards.
     ratios = [ratio for _, ratio in curve(run_dir, "charts/sparse_reward_ratio")]
-    assert ratios[:2] == [4 / 8, 5 / 8]
+    assert ratios[:2] == [0.5, 5 / 8]
 
 
 def test_games_are_cut_off_when_breakout_goes_dead(monkeypatch, tmp_path):
